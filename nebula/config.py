@@ -30,7 +30,7 @@ class Config(BaseModel):
 
 class Model(Config):
     """A decoder-only transformer. Blocks `dense_layers` … `layers` − 1 are mixtures of `experts`, `top_k` per token,
-    each of width `ffn_dim`; the first `dense_layers` are dense with width `ffn_dim · top_k`, the same cost per token."""
+    each of width `ffn_dim`; the first `dense_layers` are dense with width `ffn_dim · top_k`: same cost."""
 
     vocab: Positive = 2048
     layers: Positive = 4

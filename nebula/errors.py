@@ -5,6 +5,7 @@
     ├── PreflightError               3  this machine cannot do it now: port in use, disk full, part missing
     ├── UnreachableError             4  a peer does not answer
     ├── AuthError                    5  an identity, a session or a frame was refused
+    │   ├── SessionError                a session is not known (any more): join again
     │   └── FrameError                  a frame or payload was rejected; carries the reason that is counted
     ├── QuorumError                  6  too few clusters
     ├── PacketError                  1  a packet is malformed, truncated or beyond its bounds
@@ -53,6 +54,10 @@ class UnreachableError(NebulaError):
 
 class AuthError(NebulaError):
     exit_code = 5
+
+
+class SessionError(AuthError):
+    pass
 
 
 class FrameError(AuthError):

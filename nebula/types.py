@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from nebula.proto.v1.packet_pb2 import Frame
 
-Json: TypeAlias = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
+Json: TypeAlias = bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"] | None
 
 COORDINATOR = "coordinator"
 """Reserved: no cluster may have this name."""
@@ -85,6 +85,17 @@ class Evaluation:
 
     loss_sum: float
     tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartReport:
+    """What one rank holds after its start. `held`: version by fragment; `lanes`: this rank's parts of each fragment's
+    digest, by parameter; `parameters`: of the whole model."""
+
+    held: Mapping[str, int]
+    lanes: Mapping[str, Mapping[str, tuple[int, int]]]
+    parameters: int
+    device: str
 
 
 @dataclass(frozen=True, slots=True)

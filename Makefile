@@ -1,0 +1,55 @@
+# Two commands matter: `make train` and `make test`. Both do all the set-up on a fresh machine, in .venv.
+# Pass options on:  make train ARGS="--set rounds=4"      make test ARGS="tests/wan -x"
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: train test lint format proto bench clean
+
+train: .venv/.ready
+	$(BIN)/nebula run trainers/code_moe.py --clusters clusters/laptop.yaml $(ARGS)
+
+test: .venv/.ready-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: .venv/.ready-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --mypy_out=quiet:. \
+	    --grpc_python_out=. --mypy_grpc_out=quiet:. protos/nebula/proto/v1/*.proto
+
+bench: .venv/.ready-dev
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/bytes.py
+
+clean:
+	rm -rf .venv *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+# A torch that the machine already has (a GPU build, usually) is used as it is, through --system-site-packages and with
+# the torch line taken out of the constraints. Otherwise pip installs the pinned one.
+HAS_TORCH := $(PYTHON) -c 'import sys, importlib.metadata as m; v = m.version("torch").split("."); \
+    sys.exit((int(v[0]), int(v[1])) < (2, 11))' 2>/dev/null
+
+.venv/constraints.txt: constraints.txt
+	if $(HAS_TORCH); then \
+	    $(PYTHON) -m venv --system-site-packages .venv && grep -v '^torch==' constraints.txt > $@; \
+	else \
+	    $(PYTHON) -m venv .venv && cp constraints.txt $@; \
+	fi
+
+.venv/.ready: .venv/constraints.txt pyproject.toml
+	$(BIN)/pip install --quiet --constraint .venv/constraints.txt --editable '.[ray]'
+	touch $@
+
+.venv/.ready-dev: .venv/.ready
+	$(BIN)/pip install --quiet --constraint .venv/constraints.txt --editable '.[ray,dev]'
+	touch $@

@@ -1,0 +1,74 @@
+"""`nebula coordinator`: owns one run's global state until the run is done or stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nebula.cli.rundir import RunDir, write_atomically
+from nebula.errors import QuorumError
+
+if TYPE_CHECKING:
+    from nebula.federation.hub import Hub
+
+TICK_SECONDS = 0.2
+
+
+def command(
+    run_dir: Annotated[Path, typer.Argument(help="The run's folder, as `nebula run` makes it.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7443,
+) -> None:
+    """Run the coordinator of one run. SIGTERM: finish the round that is under way, then stop."""
+    from nebula.federation.hub import Hub
+    from nebula.federation.service import serve
+    from nebula.metrics.events import EventLog
+    from nebula.security.pki import Identity
+
+    run = RunDir(run_dir)
+    agreement, tokenizer = run.agreement(), run.tokenizer()
+    identity = Identity.load(run.identity("coordinator"))
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    events = EventLog(run.events)
+    hub = Hub(agreement, tokenizer.encode(), identity, run.journal, events)
+    server, _ = serve(hub, identity, host, port)
+    events.emit(
+        "run_started",
+        run=agreement.run.name,
+        digest=agreement.digest(),
+        params=hub.tally.params,
+        clusters=list(agreement.members),
+        rounds=agreement.run.rounds,
+        inner_steps=agreement.run.inner_steps,
+        fragments=agreement.run.fragments,
+        unigram_entropy=agreement.unigram_entropy,
+        member_tokens={name: agreement.tokens_per_round(name) for name in agreement.members},
+    )
+    state = "failed"
+    try:
+        state = _until_ended(hub, stop)
+    except QuorumError:
+        state = "stopped"
+        raise
+    finally:
+        server.stop(grace=2).wait()
+        summary = hub.tally.summary(run=agreement.run.name, state=state, global_digest=hub.global_digest())
+        events.emit("run_ended", state=state)
+        write_atomically(run.summary, json.dumps(summary, indent=1).encode())
+        hub.close()
+
+
+def _until_ended(hub: Hub, stop: threading.Event) -> str:
+    while (state := hub.ended()) is None:
+        hub.tick()
+        if stop.wait(TICK_SECONDS):
+            stop.clear()
+            hub.stop("asked to")
+    return state

@@ -1,0 +1,374 @@
+"""The shell around the state machine: sessions, journal, blobs, merges, and answers to agents.
+
+Order of every change: check → blob on disk → event in the journal → state → effects → answer. One lock guards state and
+journal; merges run on one thread of their own, so pushes and pulls go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import chain
+from math import isfinite, prod
+from pathlib import Path
+from typing import Literal
+
+from nebula.checkpoint.ledger import Ledger
+from nebula.config import Agreement
+from nebula.errors import AuthError, FrameError, NebulaError, PacketError, PreflightError, QuorumError, SessionError
+from nebula.federation import coordinator as machine
+from nebula.federation import narrate
+from nebula.federation.coordinator import Arrived, Committed, Event, Joined, Planned, Reported, State, Stopping, Tick
+from nebula.federation.journal import JOURNALED, Journal
+from nebula.federation.merge import Merger, largest_payload, read_delta
+from nebula.federation.tally import Tally
+from nebula.metrics.events import EventLog
+from nebula.proto.v1 import run_pb2 as pb
+from nebula.proto.v1.packet_pb2 import Frame
+from nebula.security.pki import Identity
+from nebula.security.session import Session, answer
+from nebula.types import ROLE
+from nebula.wan.digest import global_digest
+from nebula.wan.messages import held_of, plan_response, report_of
+from nebula.wan.transport import payload_context, receive, send
+
+LONG_POLL = 10.0
+"""Seconds a pull waits at the coordinator before the agent asks again; well under any proxy's idle limit."""
+
+
+class Hub:
+    """One run's coordinator. `folder` keeps journal and blobs; `tokenizer` is handed to whoever joins.
+
+    `peer` arguments are the cluster named by the client certificate, None where no TLS is in between."""
+
+    def __init__(
+        self,
+        agreement: Agreement,
+        tokenizer: bytes,
+        identity: Identity,
+        folder: Path,
+        events: EventLog,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.agreement = agreement
+        self._digest = agreement.digest()
+        self._tokenizer = tokenizer
+        self._identity = identity
+        self._events = events
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._sessions: dict[str, Session] = {}
+        self._ledger = Ledger(folder / "blobs")
+        self._merger = Merger(agreement, self._ledger)
+        self._journal = Journal(folder / "journal.sqlite", agreement=self._digest)
+        self._failure: NebulaError | None = None
+        params = sum(prod(shape) for shapes in self._merger.shapes.values() for shape in shapes.values())
+        self.tally = Tally(params)
+        self._merges: queue.SimpleQueue[machine.Merge | None] = queue.SimpleQueue()
+        self._state = self._recover(machine.initial(rules_of(agreement, tuple(self._merger.shapes))))
+        self._thread = threading.Thread(target=self._merge_all, name="merge", daemon=True)
+        self._thread.start()
+        self._apply(Tick())
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    def _recover(self, state: State) -> State:
+        for event in self._journal.replay():
+            state, effects = machine.step(state, event, self._clock())
+            self._count(event, effects)
+        if any(f.commit is None for f in state.fragments.values()):
+            for event in self._merger.found():
+                self._journal.append(event)
+                state, _ = machine.step(state, event, self._clock())
+        else:
+            self._merger.restore({name: f.commit for name, f in state.fragments.items() if f.commit})
+            # A merge that was under way is begun anew by the first Tick: its deltas are all here.
+            unmerged = {name: replace(f, merging=False) for name, f in state.fragments.items()}
+            state = replace(state, fragments=unmerged)
+        self._ledger.keep(_live_blobs(state))
+        return replace(state, opened=self._clock(), witnessed=False)
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def global_digest(self) -> str:
+        return global_digest({name: f.digest for name, f in self._state.fragments.items()})
+
+    def tick(self) -> None:
+        """Let time pass: deadlines are checked here. Raises what ended the run, if something did."""
+        self._apply(Tick())
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self, reason: str) -> None:
+        self._events.emit("stopping", reason=reason)
+        self._apply(Stopping(reason))
+
+    def ended(self) -> Literal["completed", "stopped"] | None:
+        return machine.ended(self._state, self._clock())
+
+    def close(self) -> None:
+        self._merges.put(None)
+        self._thread.join()
+        self._journal.close()
+
+    # --- what agents ask ------------------------------------------------------------------------------------------
+
+    def join(self, peer: str | None, request: pb.JoinRequest) -> pb.JoinResponse:
+        cluster = request.offer.cluster
+        self._check_peer(peer, cluster)
+        if cluster not in self.agreement.members:
+            raise AuthError(
+                f"cluster {cluster!r} is not part of this run (members: {', '.join(self.agreement.members)})"
+            )
+        with self._changed:
+            epoch = self._state.epochs.get(cluster, 0) + 1
+            reply, session = answer(self._identity, request.offer, epoch=epoch, agreement=self._digest)
+            self._apply(Joined(cluster=cluster, epoch=epoch))
+            self._sessions[cluster] = session
+        self._events.emit("joined", cluster=cluster, epoch=epoch)
+        welcome = pb.Welcome(agreement=self.agreement.canonical(), tokenizer=self._tokenizer)
+        return pb.JoinResponse(answer=reply, welcome=list(send(session.send, welcome, b"welcome")))
+
+    def plan(self, peer: str | None, frames: Iterable[Frame]) -> Iterator[Frame]:
+        session, stream = self._session(peer, frames)
+        request = receive(session.receive, stream, pb.PlanRequest, b"plan")
+        held, report = held_of(request), report_of(request)
+        if held.keys() != self._state.fragments.keys():
+            raise PacketError(f"cluster {session.cluster} names fragments that this run does not have")
+        with self._changed:
+            if report is not None and not self._said_before(session.cluster, report.round):
+                self._apply(Reported(cluster=session.cluster, report=report))
+            self._apply(Planned(cluster=session.cluster, held=held))
+            reply = machine.plan(self._state, session.cluster, held)
+        yield from send(session.send, plan_response(reply), b"plan-answer")
+
+    def push(self, peer: str | None, frames: Iterable[Frame]) -> Iterator[Frame]:
+        session, stream = self._session(peer, frames)
+        head = receive(session.receive, stream, pb.PushHead, b"push")
+        shapes = self._merger.shapes.get(head.fragment)
+        if head.role != ROLE or shapes is None:
+            raise PacketError(f"no fragment {head.fragment!r} in role {head.role!r}")
+        limit = largest_payload(shapes, self.agreement.members[session.cluster].ranks)
+        payload = session.receive.open(stream, context=payload_context(head), limit=limit)
+        yield from send(session.send, pb.Receipt(status=self._deliver(session.cluster, head, payload)), b"receipt")
+
+    def pull(self, peer: str | None, frames: Iterable[Frame]) -> Iterator[Frame]:
+        session, stream = self._session(peer, frames)
+        request = receive(session.receive, stream, pb.PullRequest, b"pull")
+        if request.role != ROLE or request.fragment not in self._state.fragments:
+            raise PacketError(f"no fragment {request.fragment!r} in role {request.role!r}")
+        head, payload = self._find(request)
+        yield from send(session.send, head, b"pull-answer")
+        if head.status == pb.PullHead.STATUS_READY:
+            yield from session.send.seal(payload, context=payload_context(head))
+
+    def rejected(self, cluster: str, reason: str) -> None:
+        """Count a frame or delta that was refused."""
+        self.tally.rejected[reason] = self.tally.rejected.get(reason, 0) + 1
+        self._events.emit("rejected", cluster=cluster, reason=reason)
+
+    # --- parts ----------------------------------------------------------------------------------------------------
+
+    def _check_peer(self, peer: str | None, cluster: str) -> None:
+        if peer is not None and peer != cluster:
+            raise AuthError(f"the client certificate says {peer!r} but the message says {cluster!r}")
+
+    def _session(self, peer: str | None, frames: Iterable[Frame]) -> tuple[Session, Iterator[Frame]]:
+        stream = iter(frames)
+        first = next(stream, None)
+        if first is None:
+            raise FrameError("schema", "an empty call")
+        self._check_peer(peer, first.source)
+        session = self._sessions.get(first.source)
+        if session is None or session.epoch != first.epoch:
+            raise SessionError(f"no session of {first.source!r} with epoch {first.epoch}", hint="join again")
+        return session, chain([first], stream)
+
+    def _said_before(self, cluster: str, round: int) -> bool:
+        return round < self._state.closed or cluster in self._state.reports.get(round, {})
+
+    def _deliver(self, cluster: str, head: pb.PushHead, payload: bytes) -> pb.Receipt.Status.ValueType:
+        if hashlib.sha256(payload).digest() != head.sha256:
+            raise FrameError("hash", f"the delta of {cluster} does not match the digest its head states")
+        most = self.agreement.tokens_per_round(cluster)
+        if not (isfinite(head.weight) and head.weight > 0):
+            raise PacketError(f"weight {head.weight} of {cluster} is not a positive number")
+        verdict = self._verdict(cluster, head)
+        if verdict == "accept":
+            read_delta(payload, head.parts, self._merger.shapes[head.fragment])
+            with self._changed:  # held over both: a blob that no event refers to yet would be swept up
+                blob = self._put(payload)
+                verdict = self._verdict(cluster, head)  # a deadline may have passed while the delta was checked
+                if verdict == "accept":
+                    self._accept(cluster, head, blob, min(head.weight, most))
+        return {
+            "accept": pb.Receipt.STATUS_ACCEPTED,
+            "duplicate": pb.Receipt.STATUS_DUPLICATE,
+            "late": pb.Receipt.STATUS_LATE,
+        }[verdict]
+
+    def _verdict(self, cluster: str, head: pb.PushHead) -> str:
+        try:
+            return machine.receipt(self._state, cluster, head.fragment, head.round)
+        except ValueError as error:
+            raise PacketError(f"cluster {cluster}: {error}") from error
+
+    def _accept(self, cluster: str, head: pb.PushHead, blob: str, weight: float) -> None:
+        before = self._state.fragments[head.fragment].arrived.get(cluster)
+        if before is not None and before.blob == blob:
+            return
+        seconds = self._clock() - self._state.opened if self._state.witnessed else None
+        self._apply(
+            Arrived(
+                cluster=cluster,
+                fragment=head.fragment,
+                round=head.round,
+                weight=weight,
+                blob=blob,
+                parts=tuple(head.parts),
+                seconds=seconds,
+            )
+        )
+        self._events.emit(
+            "delta", cluster=cluster, round=head.round, fragment=head.fragment, bytes=sum(head.parts), seconds=seconds
+        )
+
+    def _find(self, request: pb.PullRequest) -> tuple[pb.PullHead, bytes]:
+        """Wait up to a long poll for what is asked."""
+        until = self._clock() + LONG_POLL
+        with self._changed:
+            while True:
+                fragment = self._state.fragments[request.fragment]
+                status, commit = _status(self._state, fragment, request)
+                left = until - self._clock()
+                if status != pb.PullHead.STATUS_PENDING or left <= 0:
+                    break
+                self._changed.wait(left)
+        head = pb.PullHead(status=status, fragment=request.fragment)
+        if commit is None:
+            return head, b""
+        payload = self._ledger.get(commit.blobs["update" if request.kind == pb.PullRequest.KIND_UPDATE else "params"])
+        head.version, head.digest, head.payload_bytes = commit.version, commit.digest, len(payload)
+        head.contributors.extend(commit.contributors)
+        head.sha256 = hashlib.sha256(payload).digest()
+        return head, payload
+
+    def _apply(self, event: Event) -> None:
+        with self._changed:
+            if isinstance(event, JOURNALED):
+                self._guard(lambda: self._journal.append(event))
+            self._state, effects = machine.step(self._state, event, self._clock())
+            self._count(event, effects)
+            for effect in effects:
+                self._perform(effect)
+            self._changed.notify_all()
+
+    def _count(self, event: Event, effects: tuple[machine.Effect, ...]) -> None:
+        if isinstance(event, Joined):
+            self.tally.of(event.cluster).joined()
+        if isinstance(event, Reported):
+            self.tally.of(event.cluster).reported(event.report)
+        for effect in effects:
+            if isinstance(effect, machine.RoundClosed):
+                self.tally.round_closed(effect.reports)
+
+    def _perform(self, effect: machine.Effect) -> None:
+        match effect:
+            case machine.Merge():
+                self._merges.put(effect)
+            case machine.RoundClosed():
+                for kind, fields in narrate.round_closed(
+                    effect.round, effect.reports, self.tally, self.global_digest()
+                ):
+                    self._events.emit(kind, **fields)
+            case machine.Alarm():
+                self._events.emit("alarm", kind=effect.kind, cluster=effect.cluster, detail=effect.detail)
+            case machine.QuorumLost():
+                membership = self.agreement.run.membership
+                self._failure = self._failure or QuorumError(
+                    f"round {effect.round} has deltas of {len(effect.arrived)} clusters "
+                    f"({', '.join(effect.arrived)}), its quorum is {membership.quorum}, and max_stall "
+                    f"({membership.max_stall:g} s) has passed",
+                    hint="bring the missing clusters back, then `nebula resume` goes on from the last commit",
+                )
+
+    def _merge_all(self) -> None:
+        while (effect := self._merges.get()) is not None:
+            committed = self._guard(lambda effect=effect: self._merger.merge(effect))  # type: ignore[misc]
+            if committed is None:
+                return
+            self._apply(committed)
+            self._events.emit("commit", **narrate.committed(committed, self._ledger.size(committed.blobs["update"])))
+            with self._changed:
+                self._ledger.keep(_live_blobs(self._state))
+
+    def _put(self, payload: bytes) -> str:
+        try:
+            return self._ledger.put(payload)
+        except OSError as error:
+            self._failure = self._failure or _fatal(error)
+            raise self._failure from error
+
+    def _guard(self, act: Callable[[], Committed | None]) -> Committed | None:
+        """Anything that fails while writing ends this coordinator: nothing may be acknowledged on top of it."""
+        try:
+            return act()
+        except Exception as error:
+            self._failure = self._failure or _fatal(error)
+            if threading.current_thread() is not self._thread:
+                raise self._failure from error
+            return None
+
+
+def rules_of(agreement: Agreement, fragments: tuple[str, ...]) -> machine.Rules:
+    run = agreement.run
+    return machine.Rules(
+        members=tuple(sorted(agreement.members)),
+        fragments=fragments,
+        rounds=run.rounds,
+        inner_steps=run.inner_steps,
+        evaluate_every=run.evaluate_every,
+        quorum=run.membership.quorum,
+        max_stall=run.membership.max_stall,
+    )
+
+
+def _status(
+    state: State, fragment: machine.Fragment, request: pb.PullRequest
+) -> tuple[pb.PullHead.Status.ValueType, Committed | None]:
+    if request.kind == pb.PullRequest.KIND_STATE:
+        return pb.PullHead.STATUS_READY, fragment.commit
+    for commit in (fragment.commit, fragment.previous):
+        if commit is not None and commit.version == request.version and commit.version > 0:
+            return pb.PullHead.STATUS_READY, commit
+    if request.version <= fragment.version:
+        return pb.PullHead.STATUS_GONE, None
+    ends = state.stop_at if state.stop_at is not None else state.rules.rounds
+    return (pb.PullHead.STATUS_ENDED if request.version > ends else pb.PullHead.STATUS_PENDING), None
+
+
+def _live_blobs(state: State) -> set[str]:
+    """What the journal's newest two commits and the deltas of the current round refer to."""
+    commits = [c for f in state.fragments.values() for c in (f.commit, f.previous) if c is not None]
+    deltas = {a.blob for f in state.fragments.values() for a in f.arrived.values()}
+    return deltas.union(*(commit.blobs.values() for commit in commits))
+
+
+def _fatal(error: Exception) -> NebulaError:
+    """What a failed write means for whoever runs the coordinator."""
+    if isinstance(error, NebulaError):
+        return error
+    full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "disk is full" in str(error)
+    if full:
+        return PreflightError(
+            f"the coordinator's disk is full ({error}); nothing was acknowledged that is not on it",
+            hint="free some space, then `nebula resume` goes on from the last commit",
+        )
+    return NebulaError(f"the coordinator cannot go on: {type(error).__name__}: {error}")

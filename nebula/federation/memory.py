@@ -1,0 +1,31 @@
+"""A stub without a socket: agents and coordinator in one process, every message sealed as on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nebula.federation.hub import Hub
+from nebula.proto.v1.packet_pb2 import Frame
+from nebula.proto.v1.run_pb2 import JoinRequest, JoinResponse
+
+
+class MemoryStub:
+    """Calls the hub directly. Refusals are raised as they are; nothing times out."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    def join(self, request: JoinRequest, timeout: float) -> JoinResponse:
+        return self._hub.join(None, request)
+
+    def plan(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
+        return self._hub.plan(None, frames)
+
+    def push(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
+        return self._hub.push(None, frames)
+
+    def pull(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
+        return self._hub.pull(None, frames)
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,156 @@
+"""The arithmetic of a commit: decode, average, step, encode, and the fragment's state on disk.
+
+Everything here is a function of the journaled deltas and the fragment's last committed state, in fp32 on the CPU and
+in a fixed order, so a merge repeated after a crash gives the same bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod, sqrt
+
+from torch import Tensor
+
+from nebula.checkpoint.ledger import Ledger
+from nebula.config import Agreement
+from nebula.errors import PacketError
+from nebula.federation.aggregate import Shapes, WeightedMean, check_tiling
+from nebula.federation.coordinator import Arrived, Committed, Merge
+from nebula.federation.outer import outer_step
+from nebula.models.fragments import fragments
+from nebula.models.init import initial, parameter_shapes
+from nebula.types import ROLE, Delta, Slice
+from nebula.wan.codec.layout import flatten
+from nebula.wan.codec.pipeline import Encoder, decode
+from nebula.wan.digest import fragment_digest, lanes
+from nebula.wan.frame import pack, unpack
+
+ENVELOPE = 1 << 20
+"""Bytes of headers a packet may have beyond its values."""
+
+
+def fragment_shapes(agreement: Agreement) -> dict[str, Shapes]:
+    """Fragment → parameter → shape."""
+    model = agreement.run.model
+    shapes = parameter_shapes(model)
+    groups = fragments(list(shapes), model.layers, agreement.run.fragments)
+    return {fragment: {name: shapes[name] for name in names} for fragment, names in groups.items()}
+
+
+def largest_payload(shapes: Shapes, ranks: int) -> int:
+    """The most bytes an honest cluster sends for a fragment: fp32, padded, one packet per rank."""
+    return 5 * sum(prod(shape) for shape in shapes.values()) + ranks * ENVELOPE
+
+
+def read_delta(payload: bytes | memoryview, parts: Sequence[int], shapes: Shapes) -> dict[Slice, Tensor]:
+    """Decode one packet per rank. Raises PacketError unless together they tile the fragment with finite values."""
+    if sum(parts) != len(payload):
+        raise PacketError(f"the packets' sizes add up to {sum(parts)} bytes but {len(payload)} came")
+    elements = sum(prod(shape) for shape in shapes.values())
+    slices: dict[Slice, Tensor] = {}
+    at = 0
+    for size in parts:
+        part = memoryview(payload)[at : at + size]
+        slices.update(decode(unpack(part, max_bytes=size), max_elements=2 * elements + 65536))
+        at += size
+    check_tiling(slices, shapes)
+    return slices
+
+
+@dataclass(slots=True)
+class FragmentState:
+    """What the coordinator holds of a fragment, by full parameter name."""
+
+    params: dict[str, Tensor]
+    momentum: dict[str, Tensor]
+    encoder: Encoder
+
+
+class Merger:
+    """Owns the tensors of every fragment; the state machine owns which version they are."""
+
+    def __init__(self, agreement: Agreement, ledger: Ledger) -> None:
+        self.shapes = fragment_shapes(agreement)
+        self._run = agreement.run
+        self._ledger = ledger
+        self._states: dict[str, FragmentState] = {}
+
+    def found(self) -> Iterator[Committed]:
+        """Version 0 of every fragment, from the seed."""
+        for fragment, shapes in self.shapes.items():
+            params = {name: initial(name, shape, self._run.model, self._run.seed) for name, shape in shapes.items()}
+            self._states[fragment] = FragmentState(params, {}, Encoder(self._run.wan.down))
+            yield Committed(
+                fragment=fragment, version=0, digest=self._digest(params), blobs={"params": self._write(params)}
+            )
+
+    def restore(self, commits: Mapping[str, Committed]) -> None:
+        """Load every fragment's committed state. Raises JournalError if a blob is missing or corrupt."""
+        for fragment, commit in commits.items():
+            blobs = commit.blobs
+            encoder = Encoder(self._run.wan.down)
+            if "residual" in blobs:
+                encoder.restore(_whole_slices(self._read(blobs["residual"])))
+            momentum = self._read(blobs["momentum"]) if "momentum" in blobs else {}
+            self._states[fragment] = FragmentState(self._read(blobs["params"]), momentum, encoder)
+
+    def merge(self, effect: Merge) -> Committed:
+        """Average, step, encode the update, apply what was encoded, store. Raises OSError if the disk is full."""
+        start = time.monotonic()
+        state, shapes = self._states[effect.fragment], self.shapes[effect.fragment]
+        mean = WeightedMean(shapes)
+        for arrival in effect.arrivals:
+            mean.add(self._delta(arrival, shapes, effect.version - 1))
+        delta = mean.result()
+        update, momentum = outer_step(self._run.outer, delta, state.momentum)
+        packet = state.encoder.encode(_whole_slices(update))
+        applied = decode(packet, max_elements=2 * sum(u.numel() for u in update.values()) + 65536)
+        params = {where.name: state.params[where.name] + values for where, values in applied.items()}
+        state.encoder.settle(True)
+        blobs = {"update": self._ledger.put(pack(packet)), "params": self._write(params)}
+        if momentum:
+            blobs["momentum"] = self._write(momentum)
+        if residual := {where.name: values for where, values in state.encoder.residual().items()}:
+            blobs["residual"] = self._write(residual)
+        self._states[effect.fragment] = FragmentState(params, momentum, state.encoder)
+        return Committed(
+            fragment=effect.fragment,
+            version=effect.version,
+            digest=self._digest(params),
+            contributors=tuple(arrival.cluster for arrival in effect.arrivals),
+            blobs=blobs,
+            norm=sqrt(sum(float(d.square().sum()) for d in delta.values())),
+            seconds=time.monotonic() - start,
+        )
+
+    def _delta(self, arrival: Arrived, shapes: Shapes, base: int) -> Delta:
+        return Delta(
+            cluster=arrival.cluster,
+            role=ROLE,
+            round=arrival.round,
+            fragment=arrival.fragment,
+            base=base,
+            weight=arrival.weight,
+            tensors=read_delta(self._ledger.get(arrival.blob), arrival.parts, shapes),
+        )
+
+    def _write(self, tensors: Mapping[str, Tensor]) -> str:
+        return self._ledger.put(pack(flatten(_whole_slices(tensors), 1)))
+
+    def _read(self, blob: str) -> dict[str, Tensor]:
+        return read_state(self._ledger.get(blob))
+
+    @staticmethod
+    def _digest(params: Mapping[str, Tensor]) -> str:
+        return fragment_digest([{where.name: lanes(values, where) for where, values in _whole_slices(params).items()}])
+
+
+def read_state(data: bytes) -> dict[str, Tensor]:
+    """Full parameters by name from a state blob: a packet that no codec has touched."""
+    packet = unpack(data, max_bytes=len(data))
+    return {where.name: values.clone() for where, values in decode(packet, max_elements=len(data)).items()}
+
+
+def _whole_slices(tensors: Mapping[str, Tensor]) -> dict[Slice, Tensor]:
+    return {Slice(name, (0,) * t.dim(), tuple(t.shape)): t for name, t in tensors.items()}

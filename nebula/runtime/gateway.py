@@ -1,0 +1,249 @@
+"""The one door: all of a cluster's WAN traffic goes through its gateway.
+
+Calls are idempotent and repeated until they succeed or `max_stall` has passed without any answer. Every attempt is
+sealed anew; when the coordinator has forgotten the session (it restarted) the gateway joins again first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import grpc
+
+from nebula.config import Agreement
+from nebula.errors import AuthError, FrameError, NebulaError, PacketError, SessionError, UnreachableError
+from nebula.proto.v1 import run_pb2 as pb
+from nebula.proto.v1.packet_pb2 import Frame
+from nebula.security.pki import Identity
+from nebula.security.session import Session, offer
+from nebula.types import ROLE, Held, Packets, Pulled, PushTicket, RoundPlan, RoundReport
+from nebula.wan.link import LinkMonitor, WireMeter
+from nebula.wan.messages import plan_of, plan_request
+from nebula.wan.transport import GrpcStub, Stub, payload_context, receive, send
+
+T = TypeVar("T")
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 3.0
+"""Seconds between attempts; doubled from the first to the longest."""
+
+REPEAT = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,  # a connection that broke in the middle of a frame
+    grpc.StatusCode.UNKNOWN,
+}
+PASSING = (grpc.RpcError, FrameError, SessionError)
+"""What may be better at the next attempt."""
+
+REJOIN = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.DATA_LOSS}
+
+
+class Gateway:
+    """`agreement`: the digest this agent was started for; a coordinator of another run is refused. `max_stall`: seconds
+    without an answer before a call raises UnreachableError. `identity`: the folder of the cluster's certificate."""
+
+    def __init__(
+        self,
+        *,
+        identity: str,
+        address: str,
+        cluster: str,
+        agreement: str,
+        max_stall: float,
+        stub: Stub | None = None,
+    ) -> None:
+        self._identity = Identity.load(Path(identity))
+        if self._identity.name != cluster:
+            raise AuthError(
+                f"the identity in {identity} is of {self._identity.name!r}, this agent is of cluster {cluster!r}",
+                hint="give each agent the folder of its own certificate",
+            )
+        self._address = address
+        self._agreement = agreement
+        self._max_stall = max_stall
+        self._stub = stub or GrpcStub(address, self._identity)
+        self._session: Session | None = None
+        self._joining = threading.Lock()
+        self._monitor = LinkMonitor()
+        host, _, port = address.rpartition(":")
+        self._meter = WireMeter(host, int(port))
+        self._payload_up = self._payload_down = self._retries = 0
+
+    def join(self) -> tuple[bytes, bytes]:
+        welcome = self._persist(lambda: self._join())
+        return welcome.agreement, welcome.tokenizer
+
+    def plan(self, held: Mapping[str, Held], report: RoundReport | None, rebuilds: int) -> RoundPlan:
+        request = plan_request(held, self._measured(report) if report else None, rebuilds)
+
+        def ask(session: Session) -> RoundPlan:
+            start = time.monotonic()
+            frames = self._stub.plan(send(session.send, request, b"plan"), timeout=self._max_stall)
+            answer = receive(session.receive, frames, pb.PlanResponse, b"plan-answer")
+            self._monitor.observe_rtt(time.monotonic() - start)
+            return plan_of(answer)
+
+        return self._call(ask)
+
+    def push(self, ticket: PushTicket, packets: Packets) -> Literal["accepted", "duplicate", "late"]:
+        payload = b"".join(packets)
+        head = pb.PushHead(
+            role=ticket.role,
+            fragment=ticket.fragment,
+            round=ticket.round,
+            base=ticket.base,
+            weight=ticket.weight,
+            parts=[len(packet) for packet in packets],
+            sha256=hashlib.sha256(payload).digest(),
+        )
+
+        def deliver(session: Session) -> Literal["accepted", "duplicate", "late"]:
+            start = time.monotonic()
+            frames = self._stub.push(_pushed(session, head, payload), timeout=self._max_stall)
+            receipt = receive(session.receive, frames, pb.Receipt, b"receipt")
+            self._monitor.observe_transfer("up", len(payload), time.monotonic() - start)
+            return _VERDICTS[receipt.status]
+
+        verdict = self._call(deliver)
+        self._payload_up += len(payload)
+        return verdict
+
+    def pull(self, kind: Literal["update", "state"], fragment: str, version: int) -> tuple[Pulled, bytes]:
+        request = pb.PullRequest(kind=_KINDS[kind], role=ROLE, fragment=fragment, version=version)
+        while True:
+            head, payload = self._call(lambda session: self._fetch(session, request))
+            if head.status == pb.PullHead.STATUS_PENDING:
+                continue
+            self._payload_down += len(payload)
+            pulled = Pulled(
+                status=_STATUSES[head.status],
+                version=head.version,
+                digest=head.digest,
+                contributors=tuple(head.contributors),
+            )
+            return pulled, payload
+
+    def close(self) -> None:
+        self._stub.close()
+
+    def _fetch(self, session: Session, request: pb.PullRequest) -> tuple[pb.PullHead, bytes]:
+        frames = self._stub.pull(send(session.send, request, b"pull"), timeout=self._max_stall)
+        head = receive(session.receive, frames, pb.PullHead, b"pull-answer")
+        if head.status != pb.PullHead.STATUS_READY:
+            return head, b""
+        start = time.monotonic()
+        payload = session.receive.open(frames, context=payload_context(head), limit=head.payload_bytes)
+        self._monitor.observe_transfer("down", len(payload), time.monotonic() - start)
+        if hashlib.sha256(payload).digest() != head.sha256:
+            raise FrameError("hash", f"fragment {request.fragment} does not match the digest its head states")
+        return head, payload
+
+    def _measured(self, report: RoundReport) -> RoundReport:
+        wire = self._meter.sample()
+        return replace(
+            report,
+            up_bytes=wire.up_bytes,
+            down_bytes=wire.down_bytes,
+            payload_up_bytes=self._payload_up,
+            payload_down_bytes=self._payload_down,
+            retries=self._retries,
+            rtt_s=self._monitor.stats().rtt_s,
+        )
+
+    # --- sessions and repetition ----------------------------------------------------------------------------------
+
+    def _join(self) -> pb.Welcome:
+        message, pending = offer(self._identity, self._agreement)
+        response = self._stub.join(pb.JoinRequest(offer=message), timeout=self._max_stall)
+        session = pending.complete(response.answer)
+        welcome = receive(session.receive, iter(response.welcome), pb.Welcome, b"welcome")
+        digest = Agreement.parse(welcome.agreement).digest()
+        if digest != self._agreement:
+            raise AuthError(f"the coordinator sent agreement {digest}, this agent was started for {self._agreement}")
+        self._session = session
+        return welcome
+
+    def _call(self, act: Callable[[Session], T]) -> T:
+        def attempt() -> T:
+            with self._joining:
+                if self._session is None:
+                    self._join()
+                session = self._session
+            assert session is not None
+            try:
+                return act(session)
+            except PASSING as error:
+                with self._joining:  # several calls may fail together; only the first drops the session
+                    if self._session is session and _stale(error):
+                        self._session = None
+                raise
+
+        return self._persist(attempt)
+
+    def _persist(self, attempt: Callable[[], T]) -> T:
+        """Repeat until it works, fails for good, or nothing was heard for `max_stall`."""
+        since, pause = time.monotonic(), FIRST_PAUSE
+        while True:
+            try:
+                return attempt()
+            except PASSING as error:
+                self._meter.sample()
+                self._retries += 1
+                _raise_if_final(error, self._address)
+                if time.monotonic() - since + pause > self._max_stall:
+                    raise UnreachableError(
+                        f"the coordinator at {self._address} did not answer for {self._max_stall:g} s: {_said(error)}",
+                        hint="check that it runs and that the address and port can be reached from here",
+                    ) from error
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _pushed(session: Session, head: pb.PushHead, payload: bytes) -> Iterator[Frame]:
+    yield from send(session.send, head, b"push")
+    yield from session.send.seal(payload, context=payload_context(head))
+
+
+def _stale(error: Exception) -> bool:
+    return isinstance(error, (FrameError, SessionError)) or (isinstance(error, grpc.Call) and error.code() in REJOIN)
+
+
+def _raise_if_final(error: Exception, address: str) -> None:
+    if not isinstance(error, grpc.Call):
+        return
+    code, said = error.code(), _said(error)
+    if code == grpc.StatusCode.PERMISSION_DENIED:
+        raise AuthError(f"the coordinator at {address} refused this cluster: {said}") from error
+    if code == grpc.StatusCode.INVALID_ARGUMENT:
+        raise PacketError(f"the coordinator at {address} refused what this cluster sent: {said}") from error
+    if code not in REPEAT | REJOIN:
+        raise NebulaError(f"the coordinator at {address} gave up: {said}") from error
+    if "CERTIFICATE_VERIFY_FAILED" in said or "SSL_ERROR_SSL" in said:
+        raise AuthError(
+            f"the coordinator at {address} and this cluster do not trust each other: {said}",
+            hint="both certificates must come from the same authority and be valid now",
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    return str(error.details()) if isinstance(error, grpc.Call) else str(error)
+
+
+_KINDS = {"update": pb.PullRequest.KIND_UPDATE, "state": pb.PullRequest.KIND_STATE}
+_STATUSES: dict[pb.PullHead.Status.ValueType, Literal["ready", "gone", "ended"]] = {
+    pb.PullHead.STATUS_READY: "ready",
+    pb.PullHead.STATUS_GONE: "gone",
+    pb.PullHead.STATUS_ENDED: "ended",
+}
+_VERDICTS: dict[pb.Receipt.Status.ValueType, Literal["accepted", "duplicate", "late"]] = {
+    pb.Receipt.STATUS_ACCEPTED: "accepted",
+    pb.Receipt.STATUS_DUPLICATE: "duplicate",
+    pb.Receipt.STATUS_LATE: "late",
+}

@@ -1,0 +1,92 @@
+"""How messages cross the wire: sealed protobuf over mTLS gRPC, and the same without a socket.
+
+A stream carries sealed messages one after another, each ending with a frame marked `last`. Both ends name the same
+context for each message, so a message cannot be passed off as another kind. A payload's context includes the digest of
+the head before it, which ties the two together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from nebula.errors import FrameError
+from nebula.proto.v1.federation_pb2_grpc import FederationStub
+from nebula.proto.v1.packet_pb2 import Frame
+from nebula.proto.v1.run_pb2 import JoinRequest, JoinResponse
+
+if TYPE_CHECKING:
+    from nebula.security.pki import Identity
+    from nebula.types import Channel
+
+M = TypeVar("M", bound=Message)
+
+HEAD_LIMIT = 4 << 20
+"""No control message comes near 4 MiB."""
+
+TLS_NAME = "nebula-coordinator"
+"""Every coordinator's certificate carries this name, so agents need not know which address a load balancer shows."""
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 8 << 20),  # a frame is 1 MiB and a little
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.enable_retries", 0),  # the gateway retries whole calls: frames of a retry need fresh nonces
+)
+
+
+class Stub(Protocol):
+    """What the coordinator offers, as an agent calls it. `timeout` in seconds. Failures are grpc.RpcError."""
+
+    def join(self, request: JoinRequest, timeout: float) -> JoinResponse: ...
+    def plan(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]: ...
+    def push(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]: ...
+    def pull(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]: ...
+    def close(self) -> None: ...
+
+
+class GrpcStub:
+    """A mutually authenticated channel to the coordinator."""
+
+    def __init__(self, address: str, identity: Identity) -> None:
+        credentials = grpc.ssl_channel_credentials(
+            identity.authority_pem, private_key=identity.key_pem, certificate_chain=identity.certificate_pem
+        )
+        self._channel = grpc.secure_channel(
+            address, credentials, options=(*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", TLS_NAME))
+        )
+        stub = FederationStub(self._channel)  # type: ignore[no-untyped-call, unused-ignore]
+        self.join = stub.Join
+        self.plan = stub.Plan
+        self.push = stub.Push
+        self.pull = stub.Pull
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+def send(channel: Channel, message: Message, context: bytes) -> Iterator[Frame]:
+    return channel.seal(message.SerializeToString(deterministic=True), context=context)
+
+
+def receive(channel: Channel, frames: Iterable[Frame], kind: type[M], context: bytes) -> M:
+    """Raises FrameError if the next message in the stream is not an authentic `kind`."""
+    plain = channel.open(frames, context=context, limit=HEAD_LIMIT)
+    try:
+        return kind.FromString(plain)
+    except DecodeError as error:
+        raise FrameError("schema", f"a sealed {kind.__name__} does not parse") from error
+
+
+def payload_context(head: Message) -> bytes:
+    """Ties a payload to the head it follows."""
+    return b"payload:" + hashlib.sha256(head.SerializeToString(deterministic=True)).digest()

@@ -1,0 +1,291 @@
+"""The state machine alone: rounds commit or do not, whatever the order of events."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nebula.federation import coordinator as machine
+from nebula.federation.coordinator import (
+    Alarm,
+    Arrived,
+    Committed,
+    Joined,
+    Merge,
+    Planned,
+    QuorumLost,
+    Reported,
+    RoundClosed,
+    Rules,
+    State,
+    Stopping,
+    Tick,
+)
+from nebula.types import Held, RoundReport
+
+NORTH, SOUTH = "north", "south"
+
+
+def rules(**changes):
+    return Rules(
+        **{
+            "members": (NORTH, SOUTH),
+            "fragments": ("f0", "f1"),
+            "rounds": 3,
+            "inner_steps": 5,
+            "evaluate_every": 2,
+            "quorum": 1,
+            "max_stall": 100.0,
+            **changes,
+        }
+    )
+
+
+def run(state: State, *events, now: float = 0.0):
+    effects = []
+    for event in events:
+        state, more = machine.step(state, event, now)
+        effects += more
+    return state, effects
+
+
+def founded(**changes) -> State:
+    state = machine.initial(rules(**changes))
+    state, _ = run(state, *(Committed(fragment=f, version=0, digest=f"d{f}0") for f in ("f0", "f1")))
+    return run(state, Joined(cluster=NORTH, epoch=1), Joined(cluster=SOUTH, epoch=1))[0]
+
+
+def held(version: int) -> dict[str, Held]:
+    return {f: Held(version, f"d{f}{version}") for f in ("f0", "f1")}
+
+
+def arrived(cluster: str, fragment: str, round: int, seconds: float | None = 1.0) -> Arrived:
+    return Arrived(
+        cluster=cluster,
+        fragment=fragment,
+        round=round,
+        weight=10.0,
+        blob=f"{cluster}{fragment}{round}",
+        parts=(1,),
+        seconds=seconds,
+    )
+
+
+def committed(fragment: str, version: int, *contributors: str) -> Committed:
+    return Committed(
+        fragment=fragment, version=version, digest=f"d{fragment}{version}", contributors=contributors or (NORTH, SOUTH)
+    )
+
+
+def after_round(state: State, round: int = 0) -> State:
+    """Both clusters take part in `round` and everything commits."""
+    state, _ = run(state, *(Planned(cluster=c, held=held(round)) for c in (NORTH, SOUTH)))
+    for fragment in ("f0", "f1"):
+        state, _ = run(state, *(arrived(c, fragment, round) for c in (NORTH, SOUTH)))
+        state, _ = run(state, committed(fragment, round + 1))
+    return state
+
+
+def test_a_fragment_merges_once_when_everyone_expected_has_delivered():
+    state = founded()
+    state, none = run(state, arrived(SOUTH, "f0", 0))
+    assert none == []
+    state, (merge,) = run(state, arrived(NORTH, "f0", 0))
+    assert isinstance(merge, Merge)
+    assert [a.cluster for a in merge.arrivals] == [NORTH, SOUTH]  # member order, not order of arrival
+    assert run(state, Tick(), now=1e9)[1] == []  # never a second merge of the same version
+
+
+@given(order=st.permutations([(c, f) for c in (NORTH, SOUTH) for f in ("f0", "f1")]))
+def test_merges_do_not_depend_on_the_order_of_arrival(order):
+    _, effects = run(founded(), *(arrived(c, f, 0) for c, f in order))
+    merges = sorted((e for e in effects if isinstance(e, Merge)), key=lambda e: e.fragment)
+    assert [(m.fragment, m.version, [a.blob for a in m.arrivals]) for m in merges] == [
+        (f, 1, [f"{c}{f}0" for c in (NORTH, SOUTH)]) for f in ("f0", "f1")
+    ]
+
+
+def test_fragments_are_independent():
+    state, effects = run(founded(), arrived(NORTH, "f1", 0), arrived(SOUTH, "f1", 0), committed("f1", 1))
+    assert len(effects) == 1
+    assert state.round == 0
+    assert state.fragments["f1"].version == 1
+    assert state.fragments["f0"].version == 0
+
+
+def test_a_missing_cluster_is_waited_for_until_max_stall_when_nothing_was_measured_yet():
+    state, _ = run(founded(), arrived(NORTH, "f0", 0), now=10.0)
+    assert run(state, Tick(), now=109.0)[1] == []
+    (merge,) = run(state, Tick(), now=110.0)[1]
+    assert [a.cluster for a in merge.arrivals] == [NORTH]
+
+
+def test_measured_arrivals_shorten_the_wait():
+    state = after_round(after_round(founded()), 1)
+    state, _ = run(state, *(Planned(cluster=c, held=held(2)) for c in (NORTH, SOUTH)))
+    state, _ = run(state, arrived(NORTH, "f0", 2), now=1.0)
+    # median 1 s, spread at least a quarter of it, six spreads: 2.5 s after the round opened at 0
+    assert run(state, Tick(), now=2.4)[1] == []
+    assert [type(e) for e in run(state, Tick(), now=2.5)[1]] == [Merge]
+
+
+def test_a_cluster_that_left_the_last_round_unfinished_is_not_waited_for():
+    state = founded()
+    for fragment in ("f0", "f1"):
+        state, _ = run(state, arrived(NORTH, fragment, 0), committed(fragment, 1, NORTH))
+    state, _ = run(state, Planned(cluster=NORTH, held=held(1)))
+    _, effects = run(state, arrived(NORTH, "f0", 1))
+    assert [type(e) for e in effects] == [Merge]
+
+
+def test_below_quorum_nothing_commits_and_the_run_pauses_after_max_stall():
+    state, _ = run(founded(quorum=2), arrived(NORTH, "f0", 0), now=5.0)
+    assert run(state, Tick(), now=104.0)[1] == []
+    _, effects = run(state, Tick(), now=105.0)
+    assert effects == [QuorumLost(0, (NORTH,))]
+
+
+def test_a_delta_may_be_replaced_until_its_merge_begins_and_is_then_a_duplicate():
+    state, _ = run(founded(), arrived(NORTH, "f0", 0))
+    assert machine.receipt(state, NORTH, "f0", 0) == "accept"
+    state, _ = run(state, arrived(SOUTH, "f0", 0))
+    assert machine.receipt(state, NORTH, "f0", 0) == "duplicate"
+    state, _ = run(state, committed("f0", 1))
+    assert machine.receipt(state, NORTH, "f0", 0) == "duplicate"
+    with pytest.raises(ValueError, match="collecting round 1, not 2"):
+        machine.receipt(state, NORTH, "f0", 2)
+
+
+def test_a_delta_that_comes_after_the_commit_is_late():
+    state, _ = run(founded(), arrived(NORTH, "f0", 0))
+    state, _ = run(state, Tick(), now=1000.0)
+    assert machine.receipt(state, SOUTH, "f0", 0) == "late"
+    state, _ = run(state, committed("f0", 1, NORTH))
+    assert machine.receipt(state, SOUTH, "f0", 0) == "late"
+
+
+def test_plan_trains_what_the_cluster_holds_and_evaluates_every_second_round():
+    state = founded()
+    first = machine.plan(state, SOUTH, held(0))
+    assert (first.action, first.round, first.inner_steps) == ("train", 0, 5)
+    assert first.fragments == {"f0": 0, "f1": 0}
+    assert (first.eval_index, first.eval_count) == (1, 2)
+    assert machine.plan(after_round(state), SOUTH, held(1)).eval_count == 0
+
+
+def test_a_cluster_behind_catches_up_and_one_that_delivered_repeats_the_round():
+    state = after_round(after_round(founded()), 1)
+    plan = machine.plan(state, NORTH, held(0))
+    assert (plan.action, plan.fragments) == ("catch_up", {"f0": 2, "f1": 2})
+    plan = machine.plan(state, NORTH, held(1))
+    assert (plan.action, plan.round, plan.fragments) == ("train", 1, {"f0": 1, "f1": 1})
+
+
+def test_a_cluster_left_out_of_a_commit_does_not_repeat_it():
+    state = founded()
+    for fragment in ("f0", "f1"):
+        state, _ = run(state, arrived(NORTH, fragment, 0), committed(fragment, 1, NORTH))
+    assert machine.plan(state, SOUTH, held(0)).action == "catch_up"
+
+
+def test_caught_up_in_the_middle_of_a_round_it_trains_what_is_still_open():
+    state, _ = run(founded(), committed("f0", 1))
+    mixed = {"f0": held(1)["f0"], "f1": held(0)["f1"]}
+    plan = machine.plan(state, NORTH, mixed)
+    assert (plan.action, plan.round, plan.fragments) == ("train", 0, {"f1": 0})
+
+
+@pytest.mark.parametrize(("version", "digest", "kind"), [(0, "other", "digest_mismatch"), (7, "x", "ahead_of_coordinator")])
+def test_a_diverged_cluster_raises_an_alarm_and_is_sent_the_state(version, digest, kind):
+    wrong = {**held(0), "f1": Held(version, digest)}
+    state, effects = run(founded(), Planned(cluster=NORTH, held=wrong))
+    assert [(type(e), e.kind, e.cluster) for e in effects] == [(Alarm, kind, NORTH)]
+    plan = machine.plan(state, NORTH, wrong)
+    assert (plan.action, plan.fragments) == ("catch_up", {"f1": 0})
+
+
+def report(round: int, loss: float = 1.0) -> RoundReport:
+    return RoundReport(round=round, steps=5, tokens=50, loss=loss, compute_s=1.0, stall_s=0.1)
+
+
+def test_a_round_closes_once_when_its_contributors_have_reported():
+    state = after_round(founded())
+    state, none = run(state, Reported(cluster=NORTH, report=report(0)))
+    assert none == []
+    state, (closed,) = run(state, Reported(cluster=SOUTH, report=report(0)))
+    assert isinstance(closed, RoundClosed)
+    assert set(closed.reports) == {NORTH, SOUTH}
+    assert run(state, Reported(cluster=SOUTH, report=report(0)))[1] == []
+
+
+def test_a_round_closes_without_a_cluster_that_never_reports():
+    state = after_round(founded())
+    state, _ = run(state, Reported(cluster=NORTH, report=report(0)))
+    closing: list = []
+    for fragment in ("f0", "f1"):
+        state, effects = run(state, arrived(NORTH, fragment, 1), committed(fragment, 2, NORTH))
+        closing += [e for e in effects if isinstance(e, RoundClosed)]
+    assert [(c.round, set(c.reports)) for c in closing] == [(0, {NORTH})]
+
+
+def test_stopping_lets_the_round_under_way_finish():
+    state, _ = run(founded(), Planned(cluster=NORTH, held=held(0)), Stopping("asked to"))
+    assert machine.plan(state, SOUTH, held(0)).action == "train"
+    state = after_round(state)
+    assert machine.plan(state, NORTH, held(1)).action == "stop"
+    state, _ = run(state, Planned(cluster=NORTH, held=held(1)))
+    assert machine.ended(state, 0.0) is None
+    state, _ = run(state, Planned(cluster=SOUTH, held=held(1)))
+    assert machine.ended(state, 0.0) == "stopped"
+
+
+def test_stopping_between_rounds_stops_at_once():
+    state, _ = run(founded(), Stopping("asked to"))
+    assert machine.plan(state, NORTH, held(0)).action == "stop"
+
+
+def test_the_last_model_is_evaluated_before_the_run_is_done():
+    state = founded(rounds=1)
+    state = after_round(state)
+    plan = machine.plan(state, NORTH, held(1))
+    assert (plan.action, plan.inner_steps, plan.fragments, plan.eval_count) == ("train", 0, {}, 2)
+    for cluster in (NORTH, SOUTH):
+        state, _ = run(state, Reported(cluster=cluster, report=report(0)))
+        state, _ = run(state, Reported(cluster=cluster, report=report(1)), Planned(cluster=cluster, held=held(1)))
+        assert machine.plan(state, cluster, held(1)).action == "done"
+    assert machine.ended(state, 0.0) == "completed"
+
+
+def test_the_end_does_not_wait_for_a_dead_cluster_longer_than_max_stall():
+    state = after_round(founded(rounds=1))
+    for round in (0, 1):
+        state, _ = run(state, Reported(cluster=NORTH, report=report(round)))
+    state, _ = run(state, Planned(cluster=NORTH, held=held(1)), now=50.0)
+    assert machine.ended(state, 149.0) is None
+    assert machine.ended(state, 150.0) == "completed"
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_replaying_what_was_journaled_gives_the_same_answers(data):
+    """Rules 1 and 3: an interrupted machine, rebuilt from its events, decides as before."""
+    journal, state = [], founded()
+    base = state
+    for _ in range(data.draw(st.integers(1, 12))):
+        cluster = data.draw(st.sampled_from([NORTH, SOUTH]))
+        fragment = data.draw(st.sampled_from(["f0", "f1"]))
+        version = state.fragments[fragment].version
+        if version < 3 and machine.receipt(state, cluster, fragment, version) == "accept":
+            event = arrived(cluster, fragment, version)
+            state, effects = run(state, event)
+            journal.append(event)
+            for merge in [e for e in effects if isinstance(e, Merge)]:
+                commit = committed(merge.fragment, merge.version, *(a.cluster for a in merge.arrivals))
+                state, _ = run(state, commit)
+                journal.append(commit)
+    again, _ = run(base, *journal)
+    assert again.fragments == state.fragments
+    for cluster in (NORTH, SOUTH):
+        for version in range(4):
+            assert machine.plan(again, cluster, held(version)) == machine.plan(state, cluster, held(version))
