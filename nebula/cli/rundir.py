@@ -97,8 +97,10 @@ def _object(text: str) -> dict[str, Json]:
     return value
 
 
-def create(out: Path, agreement: Agreement, federation: Federation, tokenizer: str) -> RunDir:
-    """Make `out/<run>` or, if there is one, `out/<run>-2`, … It appears with everything in it."""
+def create(
+    out: Path, agreement: Agreement, federation: Federation, tokenizer: str, fill: Callable[[Path], None]
+) -> RunDir:
+    """Make `out/<run>` or, if there is one, `out/<run>-2`, … It appears with everything in it; `fill` adds the rest."""
     out.mkdir(parents=True, exist_ok=True)
     aside = out / f".{agreement.run.name}.{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -112,6 +114,7 @@ def create(out: Path, agreement: Agreement, federation: Federation, tokenizer: s
         write_atomically(aside / "run.json", json.dumps(run_json, indent=1).encode())
         write_atomically(aside / "federation.json", federation.model_dump_json(indent=1).encode())
         write_atomically(aside / "tokenizer.json", tokenizer.encode())
+        fill(aside)
         return RunDir(_claim(aside, out / agreement.run.name))
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)

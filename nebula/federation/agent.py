@@ -35,14 +35,13 @@ MOST_REBUILDS = 5
 
 @dataclass(slots=True)
 class Agent:
-    """`emit(kind, **fields)` records an event. `checkpoint_every` in rounds; `tokens_per_step` over all ranks."""
+    """`emit(kind, **fields)` records an event; `checkpoint_every` is in rounds."""
 
     cluster: str
     engine: Engine
     transport: Transport
     emit: Emit
     checkpoint_every: int
-    tokens_per_step: int
     held: dict[str, Held] = field(default_factory=dict)
     rebuilds: int = 0
     _pace: float = 0.0

@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import chain
 from math import isfinite, prod
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from nebula.checkpoint.ledger import Ledger
 from nebula.config import Agreement
@@ -36,6 +36,8 @@ from nebula.types import ROLE
 from nebula.wan.digest import global_digest
 from nebula.wan.messages import held_of, plan_response, report_of
 from nebula.wan.transport import payload_context, receive, send
+
+T = TypeVar("T")
 
 LONG_POLL = 10.0
 """Seconds a pull waits at the coordinator before the agent asks again; well under any proxy's idle limit."""
@@ -103,8 +105,6 @@ class Hub:
     def tick(self) -> None:
         """Let time pass: deadlines are checked here. Raises what ended the run, if something did."""
         self._apply(Tick())
-        if self._failure is not None:
-            raise self._failure
 
     def stop(self, reason: str) -> None:
         self._events.emit("stopping", reason=reason)
@@ -116,7 +116,8 @@ class Hub:
     def close(self) -> None:
         self._merges.put(None)
         self._thread.join()
-        self._journal.close()
+        with self._changed:
+            self._journal.close()
 
     # --- what agents ask ------------------------------------------------------------------------------------------
 
@@ -204,7 +205,7 @@ class Hub:
         if verdict == "accept":
             read_delta(payload, head.parts, self._merger.shapes[head.fragment])
             with self._changed:  # held over both: a blob that no event refers to yet would be swept up
-                blob = self._put(payload)
+                blob = self._guard(lambda: self._ledger.put(payload))
                 verdict = self._verdict(cluster, head)  # a deadline may have passed while the delta was checked
                 if verdict == "accept":
                     self._accept(cluster, head, blob, min(head.weight, most))
@@ -245,6 +246,8 @@ class Hub:
         until = self._clock() + LONG_POLL
         with self._changed:
             while True:
+                if self._failure is not None:
+                    raise self._failure
                 fragment = self._state.fragments[request.fragment]
                 status, commit = _status(self._state, fragment, request)
                 left = until - self._clock()
@@ -262,6 +265,8 @@ class Hub:
 
     def _apply(self, event: Event) -> None:
         with self._changed:
+            if self._failure is not None:
+                raise self._failure
             if isinstance(event, JOURNALED):
                 self._guard(lambda: self._journal.append(event))
             self._state, effects = machine.step(self._state, event, self._clock())
@@ -301,30 +306,28 @@ class Hub:
 
     def _merge_all(self) -> None:
         while (effect := self._merges.get()) is not None:
-            committed = self._guard(lambda effect=effect: self._merger.merge(effect))  # type: ignore[misc]
-            if committed is None:
-                return
-            self._apply(committed)
-            self._events.emit("commit", **narrate.committed(committed, self._ledger.size(committed.blobs["update"])))
-            with self._changed:
-                self._ledger.keep(_live_blobs(self._state))
+            try:
+                self._merge(effect)
+            except NebulaError:
+                return  # it is the failure that the next tick raises
 
-    def _put(self, payload: bytes) -> str:
-        try:
-            return self._ledger.put(payload)
-        except OSError as error:
-            self._failure = self._failure or _fatal(error)
-            raise self._failure from error
+    def _merge(self, effect: machine.Merge) -> None:
+        committed = self._guard(lambda: self._merger.merge(effect))
+        self._apply(committed)
+        update_bytes = self._ledger.size(committed.blobs["update"])
+        self._events.emit("commit", **narrate.committed(committed, update_bytes))
+        with self._changed:
+            self._ledger.keep(_live_blobs(self._state))
 
-    def _guard(self, act: Callable[[], Committed | None]) -> Committed | None:
+    def _guard(self, act: Callable[[], T]) -> T:
         """Anything that fails while writing ends this coordinator: nothing may be acknowledged on top of it."""
         try:
             return act()
         except Exception as error:
-            self._failure = self._failure or _fatal(error)
-            if threading.current_thread() is not self._thread:
-                raise self._failure from error
-            return None
+            with self._changed:
+                self._failure = self._failure or _fatal(error)
+                self._changed.notify_all()
+            raise self._failure from error
 
 
 def rules_of(agreement: Agreement, fragments: tuple[str, ...]) -> machine.Rules:

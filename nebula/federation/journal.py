@@ -72,6 +72,8 @@ def _explained(error: Exception, path: Path) -> Exception:
         return JournalError(
             f"the journal {path} is in use by another coordinator", hint="stop that one first; a run has only one"
         )
+    if isinstance(error, sqlite3.OperationalError):
+        return JournalError(f"the journal {path} cannot be opened: {error}", hint="check the disk and its permissions")
     if isinstance(error, sqlite3.DatabaseError):
         return JournalError(f"the journal {path} is damaged: {error}", hint="restore the run folder from a copy")
     return error

@@ -1,0 +1,103 @@
+"""Many slices as one flat array: the first step of every pipeline, and the last of every decoding.
+
+Each slice is padded with zeros to a multiple of `align`, so that no block of a later step mixes two tensors. The trail
+entry is the only place where a packet states its size; every step bounds its own allocations by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from nebula.errors import PacketError, UsageError
+from nebula.types import Json, Packet, Slice
+from nebula.wan.codec import wire
+
+MAX_ALIGN = 65536
+
+
+def capacity(elements: int) -> int:
+    """The most values, padding included, that `elements` may take up: what keeps a hostile layout (many slices of one
+    element, each padded to a huge block) from growing without bound."""
+    return 2 * elements + 2**20
+
+
+@dataclass(frozen=True)
+class Layout:
+    align: int
+    slices: tuple[Slice, ...]
+
+    @cached_property
+    def elements(self) -> int:
+        return sum(wire.numel(piece.shape) for piece in self.slices)
+
+    @cached_property
+    def padded(self) -> int:
+        return sum(self.room(piece) for piece in self.slices)
+
+    def room(self, piece: Slice) -> int:
+        """Values a slice takes up, its padding included."""
+        return -(-wire.numel(piece.shape) // self.align) * self.align
+
+
+def flatten(tensors: Mapping[Slice, Tensor], align: int) -> Packet:
+    """fp32 tensors as one array "values", sorted by slice so that equal input gives equal packets, on their device.
+
+    Raises UsageError if `align` is so large that the packet would be mostly padding.
+    """
+    layout = Layout(align, tuple(sorted(tensors, key=lambda piece: (piece.name, piece.offset, piece.shape))))
+    if layout.padded > capacity(layout.elements):
+        raise UsageError(
+            f"codec blocks of {align} would pad {layout.elements} parameters to {layout.padded}",
+            hint="choose a smaller block",
+        )
+    device = next(iter(tensors.values())).device if tensors else None
+    values = torch.empty(layout.padded, dtype=torch.float32, device=device)
+    start = 0
+    for piece in layout.slices:
+        tensor = tensors[piece]
+        assert tensor.dtype is torch.float32, f"{piece} is {tensor.dtype}"
+        assert tensor.shape == piece.shape, f"{piece} comes with {tuple(tensor.shape)}"
+        used, end = start + tensor.numel(), start + layout.room(piece)
+        values[start:used].view(piece.shape).copy_(tensor)
+        values[used:end].zero_()
+        start = end
+    slices: list[Json] = [[piece.name, list(piece.offset), list(piece.shape)] for piece in layout.slices]
+    return Packet({"values": values}, ({"kind": "layout", "align": align, "slices": slices},))
+
+
+def read(packet: Packet) -> Layout:
+    """What the packet says it holds. Raises PacketError if that is malformed or mostly padding."""
+    entry = packet.trail[0] if packet.trail else {}
+    if entry.get("kind") != "layout":
+        raise PacketError("the packet's trail does not begin with a layout")
+    align = wire.integer(entry, "align", 1, MAX_ALIGN)
+    pieces = []
+    for name, offset, shape in wire.rows(entry, "slices", 3):
+        piece = Slice(str(name), wire.integers(offset), wire.integers(shape))
+        if not isinstance(name, str) or len(piece.offset) != len(piece.shape):
+            raise PacketError("a slice of the packet has no name or an offset of another rank than its shape")
+        pieces.append(piece)
+    layout = Layout(align, tuple(pieces))
+    if len(set(pieces)) != len(pieces):
+        raise PacketError("the packet names one slice twice")
+    if layout.padded > capacity(layout.elements):
+        raise PacketError(f"the packet pads {layout.elements} parameters to {layout.padded}")
+    return layout
+
+
+def unflatten(packet: Packet) -> dict[Slice, Tensor]:
+    """Views of "values", one per slice. Raises PacketError unless it is all there is and exactly as long as it says."""
+    layout = read(packet)
+    values = wire.array(packet, "values", torch.float32)
+    if len(packet.trail) != 1 or len(packet.arrays) != 1 or values.numel() != layout.padded:
+        raise PacketError(f"the packet does not hold just the {layout.padded} values that its layout needs")
+    rooms = [layout.room(piece) for piece in layout.slices]
+    return {
+        piece: room[: wire.numel(piece.shape)].view(piece.shape)
+        for piece, room in zip(layout.slices, torch.split(values, rooms) if rooms else (), strict=True)
+    }
