@@ -97,9 +97,9 @@ def load_model(path: Path) -> TrainedModel:
 def from_run(run_dir: Path) -> TrainedModel:
     run = RunDir(run_dir)
     agreement, tokenizer = run.agreement(), run.tokenizer()
-    from nebula.checkpoint.ledger import load_global  # torch only once the folder is known to be a run's
+    from nebula.federation.restore import load_global  # torch only once the folder is known to be a run's
 
-    tensors, info = load_global(run_dir)
+    tensors, info = load_global(run.journal, agreement)
     return TrainedModel(agreement, tokenizer, tensors, {key: str(value) for key, value in info.items()})
 
 

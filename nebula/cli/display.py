@@ -229,6 +229,10 @@ class Display:
         if line is not None and not (self._live and event["event"] in IN_TABLE):
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        """Something that no log tells."""
+        self._console.print(_clean(text), markup=False, highlight=False, soft_wrap=True)
+
     def tick(self) -> None:
         now = self._clock()
         if self._live and now - self._drawn >= REFRESH_SECONDS:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nebula.checkpoint.ledger import Ledger
 from nebula.config import Agreement
-from nebula.errors import PacketError
+from nebula.errors import JournalError, PacketError
 from nebula.federation.aggregate import Shapes, WeightedMean, check_tiling
 from nebula.federation.coordinator import Arrived, Committed, Merge
 from nebula.federation.outer import outer_step
@@ -82,7 +82,7 @@ class Merger:
             params = {name: initial(name, shape, self._run.model, self._run.seed) for name, shape in shapes.items()}
             self._states[fragment] = FragmentState(params, {}, Encoder(self._run.wan.down))
             yield Committed(
-                fragment=fragment, version=0, digest=self._digest(params), blobs={"params": self._write(params)}
+                fragment=fragment, version=0, digest=state_digest(params), blobs={"params": self._write(params)}
             )
 
     def restore(self, commits: Mapping[str, Committed]) -> None:
@@ -93,7 +93,9 @@ class Merger:
             if "residual" in blobs:
                 encoder.restore(_whole_slices(self._read(blobs["residual"])))
             momentum = self._read(blobs["momentum"]) if "momentum" in blobs else {}
-            self._states[fragment] = FragmentState(self._read(blobs["params"]), momentum, encoder)
+            params = self._read(blobs["params"])
+            check_digest(params, commit.digest)
+            self._states[fragment] = FragmentState(params, momentum, encoder)
 
     def merge(self, effect: Merge) -> Committed:
         """Average, step, encode the update, apply what was encoded, store. Raises OSError if the disk is full."""
@@ -117,7 +119,7 @@ class Merger:
         return Committed(
             fragment=effect.fragment,
             version=effect.version,
-            digest=self._digest(params),
+            digest=state_digest(params),
             contributors=tuple(arrival.cluster for arrival in effect.arrivals),
             blobs=blobs,
             norm=sqrt(sum(float(d.square().sum()) for d in delta.values())),
@@ -141,9 +143,17 @@ class Merger:
     def _read(self, blob: str) -> dict[str, Tensor]:
         return read_state(self._ledger.get(blob))
 
-    @staticmethod
-    def _digest(params: Mapping[str, Tensor]) -> str:
-        return fragment_digest([{where.name: lanes(values, where) for where, values in _whole_slices(params).items()}])
+
+def state_digest(params: Mapping[str, Tensor]) -> str:
+    """The fragment's digest, from full parameters."""
+    return fragment_digest([{where.name: lanes(values, where) for where, values in _whole_slices(params).items()}])
+
+
+def check_digest(params: Mapping[str, Tensor], expected: str) -> None:
+    """Raises JournalError if a restored state is not the one that was committed."""
+    digest = state_digest(params)
+    if digest != expected:
+        raise JournalError(f"a restored fragment has digest {digest}, its commit says {expected}")
 
 
 def read_state(data: bytes) -> dict[str, Tensor]:

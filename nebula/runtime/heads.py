@@ -85,7 +85,7 @@ class Head:
     def wait(self, timeout: float = 60.0) -> None:
         """Until drivers can connect. Raises PreflightError with the log's last lines when it dies or takes longer."""
         until = time.monotonic() + timeout
-        while not self._ready():
+        while not self.ready():
             if (code := self._child.poll()) is not None:
                 raise PreflightError(f"Ray of cluster {self.name} ended with exit code {code}:\n{self._child.tail()}")
             if time.monotonic() > until:
@@ -113,8 +113,9 @@ class Head:
     def _temp(self) -> Path:
         return self._folder / "ray"
 
-    def _ready(self) -> bool:
-        """Ray leaves its address for drivers once all its parts run; a driver that comes earlier waits long."""
+    def ready(self) -> bool:
+        """Whether drivers can connect. Ray leaves its address for them once all its parts run; a driver that comes
+        earlier waits long."""
         if not (self._temp / "ray_current_cluster").exists():
             return False
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:

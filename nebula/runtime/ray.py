@@ -182,19 +182,16 @@ def _get(reference: Any, rank: int) -> Any:
 
 def _free(name: str) -> str:
     """Wait until no actor has the name: the cluster sees the death of an earlier one with a delay."""
-    import ray
+    from ray.util import list_named_actors  # get_actor would go on finding our own dead ones
 
     until = time.monotonic() + NAME_SECONDS
-    while True:
-        try:
-            ray.get_actor(name)
-        except ValueError:
-            return name
+    while name in list_named_actors():
         if time.monotonic() > until:
             raise PreflightError(
                 f"an actor called {name} runs in this Ray cluster already", hint="stop the other agent of this cluster"
             )
         time.sleep(0.01)
+    return name
 
 
 def _no_room(count: int, bundle: Mapping[str, float], patience: float) -> PreflightError:

@@ -100,6 +100,10 @@ class Child:
         assert self._process is not None, f"{self.name} was not started"
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def poll(self) -> int | None:
         """Its exit code, None while it runs."""
         return None if self._process is None else self._process.poll()

@@ -196,7 +196,9 @@ def test_caught_up_in_the_middle_of_a_round_it_trains_what_is_still_open():
     assert (plan.action, plan.round, plan.fragments) == ("train", 0, {"f1": 0})
 
 
-@pytest.mark.parametrize(("version", "digest", "kind"), [(0, "other", "digest_mismatch"), (7, "x", "ahead_of_coordinator")])
+@pytest.mark.parametrize(
+    ("version", "digest", "kind"), [(0, "other", "digest_mismatch"), (7, "x", "ahead_of_coordinator")]
+)
 def test_a_diverged_cluster_raises_an_alarm_and_is_sent_the_state(version, digest, kind):
     wrong = {**held(0), "f1": Held(version, digest)}
     state, effects = run(founded(), Planned(cluster=NORTH, held=wrong))

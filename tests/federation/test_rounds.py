@@ -73,8 +73,7 @@ def one_process(federated: Federated) -> dict[str, torch.Tensor]:
         for name, shape in parameter_shapes(run.model).items():
             model.get_parameter(name).copy_(initial(name, shape, run.model, run.seed))
     data = {
-        c: open_data(federated.agreement, c, federated.tokenizer, federated.cache)
-        for c in federated.agreement.members
+        c: open_data(federated.agreement, c, federated.tokenizer, federated.cache) for c in federated.agreement.members
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=run.optimizer.lr)
     for step in range(run.rounds):
@@ -216,9 +215,7 @@ class Replacing:
 
 
 @pytest.mark.parametrize("moment", ["training", "delivered", "saved"])
-def test_a_cluster_killed_and_started_again_ends_with_the_same_digest(
-    moment, corpus, cache, tmp_path, uninterrupted
-):
+def test_a_cluster_killed_and_started_again_ends_with_the_same_digest(moment, corpus, cache, tmp_path, uninterrupted):
     federated = Federated(both_needed(tiny(corpus)), clusters(north=1, south=1), tmp_path, cache)
     doomed = federated.agent("north")
     break_at(doomed, moment)

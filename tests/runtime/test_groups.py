@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 
 import pytest
@@ -22,9 +23,9 @@ def launch(request):
         request.getfixturevalue("head")
     groups = []
 
-    def launch(note: str = "hello"):
+    def launch(note: str = "hello", cluster: str = "north"):
         ranks = Ranks(count=count, settings={"note": note}, worker="fakes:FakeWorker", threads=3)
-        group = local.launch(ranks) if kind == "local" else RayGroup(ranks, cluster="north")
+        group = local.launch(ranks) if kind == "local" else RayGroup(ranks, cluster=cluster)
         groups.append(group)
         return group
 
@@ -37,7 +38,7 @@ def launch(request):
 @pytest.fixture(scope="module")
 def group(launch):
     """Shared by the tests that leave it whole."""
-    return launch()
+    return launch(cluster="shared")
 
 
 every = pytest.mark.parametrize(
@@ -129,6 +130,4 @@ def _gone(pid: int) -> None:
     except ProcessLookupError:
         return
     with os.fdopen(handle) as pidfd:
-        import select
-
         assert select.select([pidfd], [], [], 20)[0], f"{pid} still runs"
