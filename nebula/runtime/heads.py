@@ -41,6 +41,10 @@ class Head:
 
     def __init__(self, name: str, *, log: Path, cpus: int, port: int = 0, dashboard_port: int | None = None) -> None:
         self.name = name
+        self._port = _chosen(port, f"clusters.{name}.ray.port")
+        self._dashboard_port = dashboard_port
+        if dashboard_port is not None:
+            self._dashboard_port = _chosen(dashboard_port, f"clusters.{name}.ray.dashboard_port")
         self._folder = Path(tempfile.mkdtemp(prefix="nebula-"))
         if len(str(self._folder)) + LONGEST_SOCKET > SOCKET_LIMIT:
             self._folder.rmdir()
@@ -48,10 +52,6 @@ class Head:
                 f"the folder for temporary files, {tempfile.gettempdir()}, has too long a name for Ray's sockets",
                 hint=f"set TMPDIR to a folder of at most {SOCKET_LIMIT - LONGEST_SOCKET - 16} letters",
             )
-        self._port = _chosen(port, f"clusters.{name}.ray.port")
-        self._dashboard_port = dashboard_port
-        if dashboard_port is not None:
-            self._dashboard_port = _chosen(dashboard_port, f"clusters.{name}.ray.dashboard_port")
         self._child = Child(f"ray head {name}", self._argv(cpus), log=log, env=self._environment())
 
     @property

@@ -283,7 +283,7 @@ class RayTransport:
                 raise refused
             return values
         raise NebulaError(
-            f"the gateway ended {GATEWAY_LIVES} times while it was asked to {method}",
+            f"the gateway died {GATEWAY_LIVES} times under one call",
             hint="see its log in the Ray cluster; a process that ends at once usually lacks memory",
         )
 
@@ -295,6 +295,9 @@ class RayTransport:
         return kind.options(name=_free(self._name)).remote(*self._arguments)
 
     def _replace(self, dead: Any) -> None:
+        import ray
+
         with self._replacing:  # several calls notice; one replaces
             if self._actor is dead:
+                ray.kill(dead)  # or this driver goes on believing that it holds the name
                 self._actor = self._create()

@@ -10,8 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nebula.runtime.supervise import BUDGET, LONGEST_PAUSE, WINDOW, Child, Finished, GiveUp, Restart, Supervisor
-from nebula.runtime.supervise import decide, members
+from nebula.runtime.supervise import (
+    BUDGET,
+    LONGEST_PAUSE,
+    WINDOW,
+    Child,
+    Finished,
+    GiveUp,
+    Restart,
+    Supervisor,
+    decide,
+    members,
+)
 
 # --- the policy ---------------------------------------------------------------------------------------------------
 
@@ -120,7 +130,10 @@ def ended(pid: int) -> None:
 
 def test_a_real_child_is_restarted_and_its_log_kept(tmp_path):
     mark = tmp_path / "second"
-    code = f"import os, sys; p = {str(mark)!r}; done = os.path.exists(p); open(p, 'w'); print('ran', done); sys.exit(not done)"
+    code = (
+        f"import os, sys; mark = {str(mark)!r}; done = os.path.exists(mark);"
+        "open(mark, 'w').close(); print('ran', done); sys.exit(not done)"
+    )
     child = Child("agent", python(code), log=tmp_path / "logs" / "agent.log")
     now = 0.0
     with Supervisor(clock=lambda: now) as supervisor:
@@ -136,18 +149,16 @@ def test_a_real_child_is_restarted_and_its_log_kept(tmp_path):
 
 
 def test_stopping_ends_the_deaf_and_what_they_started(tmp_path):
-    ready, told = os.pipe()
-    os.set_inheritable(told, True)
+    ready = tmp_path / "ready"
+    os.mkfifo(ready)
     code = (
-        "import os, signal, subprocess, sys, threading; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "import signal, subprocess, threading; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         "subprocess.Popen(['sleep', '600']); subprocess.Popen(['sleep', '600'], start_new_session=True);"
-        f"open({str(tmp_path / 'ready')!r}, 'w').write('x'); print('ready', flush=True); threading.Event().wait()"
+        f"open({str(ready)!r}, 'w').close(); threading.Event().wait()"
     )
-    os.close(ready), os.close(told)
     child = Child("deaf", python(code), log=tmp_path / "log")
     child.start()
-    while not child.tail():
-        assert child.poll() is None
+    ready.read_text()  # until it has got that far
     family = members(child.pid)
     assert len(family) == 3
     child.stop(grace=0.05)

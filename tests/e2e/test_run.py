@@ -1,0 +1,149 @@
+"""Real runs in real processes, and what happens when these are killed. Both engines and all interruptions must end with
+the very digest of an uninterrupted run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+
+import pytest
+
+from nebula.metrics.events import read
+from tests.e2e.processes import NebulaProcess, below, command_line, summary
+
+RANK = "multiprocessing.spawn"
+RAY_RANK = "ray::RankHost"
+
+
+@pytest.fixture(scope="session")
+def reference(job, cache, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("reference")
+    recipe, clusters = job
+    nebula = NebulaProcess(["run", str(recipe), "--clusters", str(clusters), "--engine", "local"], folder, cache)
+    code, out = nebula.finish()
+    assert code == 0, nebula.said
+    told = summary(folder / "runs" / "tiny")
+    return {**told, "out": out, "said": nebula.said, "run_dir": folder / "runs" / "tiny"}
+
+
+def run(start, job, *more: str) -> NebulaProcess:
+    recipe, clusters = job
+    return start("run", recipe, "--clusters", clusters, *more)
+
+
+def finished(nebula: NebulaProcess, tmp_path) -> dict:
+    code, _ = nebula.finish()
+    assert code == 0, nebula.said
+    return summary(tmp_path / "runs" / "tiny")
+
+
+def test_a_run_leaves_behind_what_it_should(reference):
+    run_dir = reference["run_dir"]
+    assert {"run.json", "events.jsonl", "summary.json", "report.html", "checkpoints"} <= {
+        p.name for p in run_dir.iterdir()
+    }
+    assert (reference["state"], reference["rounds"], reference["tokens"]) == ("completed", 6, 6 * 3 * 6 * 32)
+    evaluated = [e["loss"] for e in read(run_dir / "events.jsonl") if e["event"] == "eval"]
+    assert len(evaluated) == 3
+    assert evaluated[-1] < evaluated[0] - 0.05
+    assert reference["eval_loss"] == evaluated[-1]
+    for cluster in ("north", "south"):
+        wan = reference["clusters"][cluster]["wan"]
+        assert 3.5 < wan["up_bits_per_param_per_round"] < 32
+        assert 0 < wan["goodput_share"] < 1
+
+
+def test_what_is_said_is_plain_and_ends_with_the_next_command(reference):
+    said, out = "\n".join(reference["said"]), reference["out"]
+    assert "\x1b" not in said + out
+    assert "\r" not in said + out
+    assert "round 6/6" in said
+    for words in ("Held-out loss", "unigram entropy", "bf16 data parallelism", "Sample", "report.html", "nebula sample"):
+        assert words in out
+
+
+def test_no_secret_is_in_a_log(reference):
+    run_dir = reference["run_dir"]
+    key = (run_dir / "pki" / "north" / "key.pem").read_text().splitlines()[1]
+    logs = [p for p in run_dir.rglob("*") if p.suffix in (".log", ".jsonl", ".json", ".html")]
+    assert logs
+    assert [p.name for p in logs if key in p.read_text()] == []
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [pytest.param(RANK, id="rank"), pytest.param("main agent north", id="agent"), pytest.param("main agent south", id="cluster")],
+)
+def test_a_killed_part_of_a_cluster_costs_nothing_but_time(victim, start, job, tmp_path, reference):
+    nebula = run(start, job, "--engine", "local")
+    nebula.wait_for("round 2/6")
+    nebula.kill(victim)
+    assert finished(nebula, tmp_path)["global_digest"] == reference["global_digest"]
+
+
+def test_a_killed_coordinator_goes_on_with_the_same_digest(start, job, tmp_path, reference):
+    nebula = run(start, job, "--engine", "local")
+    for moment in ("round 1/6", "round 3/6"):
+        nebula.wait_for(moment)
+        nebula.kill("main coordinator")
+    told = finished(nebula, tmp_path)
+    assert told["global_digest"] == reference["global_digest"]
+    assert told["loss"] == reference["loss"]
+    assert told["eval_loss"] == reference["eval_loss"]
+
+
+def test_ctrl_c_stops_gracefully_and_resume_goes_on(start, job, tmp_path, reference):
+    nebula = run(start, job, "--engine", "local")
+    nebula.wait_for("round 2/6")
+    nebula.interrupt()
+    code, _ = nebula.finish()
+    assert code == 130
+    assert any("nebula resume" in line for line in nebula.said)
+    run_dir = tmp_path / "runs" / "tiny"
+    assert summary(run_dir)["state"] == "stopped"
+    assert (run_dir / "report.html").exists()
+    again = start("resume", run_dir, "--engine", "local")
+    told = finished(again, tmp_path)
+    assert (told["state"], told["rounds"]) == ("completed", 6)
+    assert told["global_digest"] == reference["global_digest"]
+
+
+def test_a_killed_supervisor_takes_its_children_along_and_resume_goes_on(start, job, tmp_path, reference):
+    nebula = run(start, job, "--engine", "local")
+    nebula.wait_for("round 2/6")
+    children = nebula.descendants("nebula")
+    assert len(children) >= 3
+    nebula.process.kill()
+    nebula.process.communicate()  # returns when the last holder of its pipes is gone
+    again = start("resume", tmp_path / "runs" / "tiny", "--engine", "local")
+    assert finished(again, tmp_path)["global_digest"] == reference["global_digest"]
+
+
+@pytest.mark.ray
+def test_on_ray_rank_coordinator_and_cluster_may_all_be_killed(start, job, tmp_path, reference):
+    nebula = run(start, job)
+    nebula.wait_for("round 1/6")
+    nebula.kill(RAY_RANK)
+    nebula.wait_for("round 2/6")
+    nebula.kill("main coordinator")
+    nebula.wait_for("round 3/6")
+    for pid in whole_cluster(nebula, "south"):
+        kill(pid)
+    told = finished(nebula, tmp_path)
+    assert told["global_digest"] == reference["global_digest"]
+    assert told["clusters"]["south"]["rejoins"] >= 1
+
+
+def whole_cluster(nebula: NebulaProcess, cluster: str) -> list[int]:
+    """The agent of a cluster, its Ray head, and everything the two have started."""
+    (agent,) = nebula.descendants(f"main agent {cluster} ")
+    port = re.search(r"--ray 127.0.0.1:([0-9]+)", command_line(agent))[1]
+    head = nebula.descendants(f"start --head .*--port={port} ")[0]
+    return [head, agent, *below(head), *below(agent)]
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it ended with another one
+        os.kill(pid, signal.SIGKILL)
