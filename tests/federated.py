@@ -20,6 +20,7 @@ from nebula.runtime.engine import GroupEngine, Ranks
 from nebula.runtime.gateway import Gateway
 from nebula.runtime.local import launch
 from nebula.security.pki import Identity, throwaway
+from nebula.wan.transport import TLS_NAME
 
 WORDS = "def class return import from self yield while for if else try raise with as lambda none true false".split()
 
@@ -62,7 +63,7 @@ class Federated:
         self.tokenizer = data.tokenizer
         digest = "sha256:" + hashlib.sha256(data.tokenizer.encode()).hexdigest()
         self.agreement = agree(self.run, self.federation, tokenizer=digest, unigram_entropy=data.unigram_entropy)
-        throwaway(self.folder / "pki", list(self.federation.clusters), ["localhost"])
+        throwaway(self.folder / "pki", list(self.federation.clusters), [TLS_NAME])
         self.start_hub()
 
     def start_hub(self) -> Hub:

@@ -17,12 +17,12 @@ def recipe() -> Run:
     return Run(
         name="code-moe",
         model=Model(
-            vocab=2048, layers=4, dim=192, heads=4, kv_heads=4, ffn_dim=256, experts=8, top_k=2, dense_layers=1
+            vocab=2048, layers=4, dim=128, heads=4, kv_heads=4, ffn_dim=192, experts=8, top_k=2, dense_layers=1
         ),
         data=Data(path="stdlib", partition="documents", seq_len=256),
-        optimizer=AdamW(lr=3e-3, warmup=20),
+        optimizer=AdamW(lr=4e-3, warmup=20),
         outer=Nesterov(lr=0.7, momentum=0.9),
-        rounds=16,
+        rounds=14,
         inner_steps=20,
         fragments=2,
         wan=Wan(up=four_bits, down=four_bits),

@@ -23,7 +23,7 @@ from nebula.types import Held, RoundPlan, RoundReport
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joined:
-    """A cluster opened a session; frames of its older epochs are refused from here on."""
+    """A cluster opened a session; from its first frame on, those of its older epochs are refused."""
 
     cluster: str
     epoch: int
@@ -189,7 +189,7 @@ class State:
     gone: frozenset[str] = frozenset()
     """Clusters that were told to stop, or that the run is done."""
     leaving_since: float | None = None
-    """When the first of them was told."""
+    """When the first of them was told, or could have been in an earlier process."""
 
     @property
     def round(self) -> int:
@@ -208,6 +208,14 @@ def initial(rules: Rules) -> State:
     return State(rules=rules, fragments={name: Fragment() for name in rules.fragments})
 
 
+def restarted(state: State, now: float) -> State:
+    """What a replayed journal comes to in a new process. A merge that was under way is begun anew by the first Tick:
+    its deltas are all here. Of a finished run some clusters may have left already and never ask again."""
+    unmerged = {name: replace(fragment, merging=False) for name, fragment in state.fragments.items()}
+    leaving = now if state.finished else None
+    return replace(state, fragments=unmerged, opened=now, witnessed=False, leaving_since=leaving)
+
+
 def step(state: State, event: Event, now: float) -> tuple[State, tuple[Effect, ...]]:
     """Apply one event. `now` is monotonic seconds of whoever runs the machine."""
     match event:
@@ -223,12 +231,17 @@ def step(state: State, event: Event, now: float) -> tuple[State, tuple[Effect, .
         case Reported():
             return _reported(state, event)
         case Tick():
-            return _due(state, now)
+            state, effects = _due(state, now)
+            state, closing = _close(state, over=state.finished and _left(state, now))
+            return state, (*effects, *closing)
         case Stopping():
             if state.stop_at is not None:
                 return state, ()
             under_way = bool(state.present) or any(f.arrived for f in state.fragments.values())
-            return replace(state, stop_at=state.round + under_way, stop_reason=event.reason), ()
+            # Between rounds there is nothing to wait for but that they ask; some may have left in an earlier process.
+            since = state.leaving_since if under_way or state.leaving_since is not None else now
+            stop_at = state.round + under_way
+            return replace(state, stop_at=stop_at, stop_reason=event.reason, leaving_since=since), ()
 
 
 def _arrived(state: State, event: Arrived, now: float) -> tuple[State, tuple[Effect, ...]]:
@@ -261,14 +274,14 @@ def _reported(state: State, event: Reported) -> tuple[State, tuple[Effect, ...]]
     return _close(replace(state, reports={**state.reports, event.report.round: of_round}))
 
 
-def _close(state: State) -> tuple[State, tuple[Effect, ...]]:
-    """Close rounds whose contributors have all reported, and older ones in any case. The round after the last one only
-    evaluates the final model."""
+def _close(state: State, *, over: bool = False) -> tuple[State, tuple[Effect, ...]]:
+    """Close rounds whose contributors have all reported, and older ones in any case; all of them when the run is over.
+    The round after the last one only evaluates the final model."""
     effects: list[Effect] = []
     reports = dict(state.reports)
     closed = state.closed
     while closed < state.round + state.finished and (
-        closed < state.round - 1 or state.contributed <= reports.get(closed, {}).keys()
+        over or closed < state.round - 1 or state.contributed <= reports.get(closed, {}).keys()
     ):
         effects.append(RoundClosed(closed, reports.pop(closed, {})))
         closed += 1
@@ -276,6 +289,8 @@ def _close(state: State) -> tuple[State, tuple[Effect, ...]]:
 
 
 def _due(state: State, now: float) -> tuple[State, tuple[Effect, ...]]:
+    if _stopped(state):
+        return state, ()  # clusters may have left; what arrives now is kept for the resumed run
     effects: list[Effect] = []
     fragments = dict(state.fragments)
     for name, fragment in state.fragments.items():
@@ -319,21 +334,27 @@ def receipt(state: State, cluster: str, fragment: str, round: int) -> Literal["a
 
 
 def ended(state: State, now: float) -> Literal["completed", "stopped"] | None:
-    """How the run ended, once every cluster that takes part was told so or has had `max_stall` to ask."""
-    stopped = state.stop_at is not None and state.round >= state.stop_at
-    if not (state.finished or stopped):
-        return None
+    """How the run ended, once every cluster that takes part was told so or has had `max_stall` to ask, and the last
+    round is closed (by a Tick, if somebody never reports)."""
+    if state.finished and state.closed > state.round:
+        return "completed" if _left(state, now) else None
+    return "stopped" if _stopped(state) and _left(state, now) else None
+
+
+def _stopped(state: State) -> bool:
+    return state.stop_at is not None and state.round >= state.stop_at and not state.finished
+
+
+def _left(state: State, now: float) -> bool:
     missing = (state.expected() & state.epochs.keys()) - state.gone
-    if missing and (state.leaving_since is None or now < state.leaving_since + state.rules.max_stall):
-        return None
-    return "completed" if state.finished else "stopped"
+    return not missing or (state.leaving_since is not None and now >= state.leaving_since + state.rules.max_stall)
 
 
 def plan(state: State, cluster: str, held: Mapping[str, Held]) -> RoundPlan:
     """What a cluster that holds these versions does next."""
     rules, current = state.rules, state.round
     versions = {name: held[name].version for name in rules.fragments}
-    if state.stop_at is not None and current >= state.stop_at:
+    if _stopped(state):
         return RoundPlan(action="stop", round=current, reason=state.stop_reason)
     wrong = {
         name: f.version

@@ -12,30 +12,29 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from itertools import chain
 from math import isfinite, prod
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from nebula.checkpoint.ledger import Ledger
 from nebula.config import Agreement
-from nebula.errors import AuthError, FrameError, NebulaError, PacketError, PreflightError, QuorumError, SessionError
+from nebula.errors import AuthError, FrameError, NebulaError, PacketError, PreflightError, QuorumError
 from nebula.federation import coordinator as machine
 from nebula.federation import narrate
 from nebula.federation.coordinator import Arrived, Committed, Event, Joined, Planned, Reported, State, Stopping, Tick
 from nebula.federation.journal import JOURNALED, Journal
 from nebula.federation.merge import Merger, largest_payload, read_delta
+from nebula.federation.sessions import Sessions, check_peer
 from nebula.federation.tally import Tally
 from nebula.metrics.events import EventLog
 from nebula.proto.v1 import run_pb2 as pb
 from nebula.proto.v1.packet_pb2 import Frame
 from nebula.security.pki import Identity
-from nebula.security.session import Session, answer
-from nebula.types import ROLE
+from nebula.security.session import answer
+from nebula.types import ROLE, RoundReport
 from nebula.wan.digest import global_digest
 from nebula.wan.messages import held_of, plan_response, report_of
-from nebula.wan.transport import payload_context, receive, send
+from nebula.wan.transport import payload_context, send
 
 T = TypeVar("T")
 
@@ -64,7 +63,7 @@ class Hub:
         self._events = events
         self._clock = clock
         self._changed = threading.Condition()
-        self._sessions: dict[str, Session] = {}
+        self._sessions = Sessions()
         self._ledger = Ledger(folder / "blobs")
         self._merger = Merger(agreement, self._ledger)
         self._journal = Journal(folder / "journal.sqlite", agreement=self._digest)
@@ -89,11 +88,8 @@ class Hub:
                 state, _ = machine.step(state, event, self._clock())
         else:
             self._merger.restore({name: f.commit for name, f in state.fragments.items() if f.commit})
-            # A merge that was under way is begun anew by the first Tick: its deltas are all here.
-            unmerged = {name: replace(f, merging=False) for name, f in state.fragments.items()}
-            state = replace(state, fragments=unmerged)
         self._ledger.keep(_live_blobs(state))
-        return replace(state, opened=self._clock(), witnessed=False)
+        return machine.restarted(state, self._clock())
 
     @property
     def state(self) -> State:
@@ -117,13 +113,15 @@ class Hub:
         self._merges.put(None)
         self._thread.join()
         with self._changed:
+            self._failure = self._failure or NebulaError("this coordinator was closed")
+            self._changed.notify_all()  # nobody waits for what will not come
             self._journal.close()
 
     # --- what agents ask ------------------------------------------------------------------------------------------
 
     def join(self, peer: str | None, request: pb.JoinRequest) -> pb.JoinResponse:
         cluster = request.offer.cluster
-        self._check_peer(peer, cluster)
+        check_peer(peer, cluster)
         if cluster not in self.agreement.members:
             raise AuthError(
                 f"cluster {cluster!r} is not part of this run (members: {', '.join(self.agreement.members)})"
@@ -132,15 +130,16 @@ class Hub:
             epoch = self._state.epochs.get(cluster, 0) + 1
             reply, session = answer(self._identity, request.offer, epoch=epoch, agreement=self._digest)
             self._apply(Joined(cluster=cluster, epoch=epoch))
-            self._sessions[cluster] = session
+            self._sessions.answered(session)
         self._events.emit("joined", cluster=cluster, epoch=epoch)
         welcome = pb.Welcome(agreement=self.agreement.canonical(), tokenizer=self._tokenizer)
         return pb.JoinResponse(answer=reply, welcome=list(send(session.send, welcome, b"welcome")))
 
     def plan(self, peer: str | None, frames: Iterable[Frame]) -> Iterator[Frame]:
-        session, stream = self._session(peer, frames)
-        request = receive(session.receive, stream, pb.PlanRequest, b"plan")
+        session, request, _ = self._sessions.head(peer, frames, pb.PlanRequest, b"plan")
         held, report = held_of(request), report_of(request)
+        if report is not None:
+            self._check_report(session.cluster, report)
         if held.keys() != self._state.fragments.keys():
             raise PacketError(f"cluster {session.cluster} names fragments that this run does not have")
         with self._changed:
@@ -151,8 +150,7 @@ class Hub:
         yield from send(session.send, plan_response(reply), b"plan-answer")
 
     def push(self, peer: str | None, frames: Iterable[Frame]) -> Iterator[Frame]:
-        session, stream = self._session(peer, frames)
-        head = receive(session.receive, stream, pb.PushHead, b"push")
+        session, head, stream = self._sessions.head(peer, frames, pb.PushHead, b"push")
         shapes = self._merger.shapes.get(head.fragment)
         if head.role != ROLE or shapes is None:
             raise PacketError(f"no fragment {head.fragment!r} in role {head.role!r}")
@@ -161,10 +159,9 @@ class Hub:
         yield from send(session.send, pb.Receipt(status=self._deliver(session.cluster, head, payload)), b"receipt")
 
     def pull(self, peer: str | None, frames: Iterable[Frame]) -> Iterator[Frame]:
-        session, stream = self._session(peer, frames)
-        request = receive(session.receive, stream, pb.PullRequest, b"pull")
-        if request.role != ROLE or request.fragment not in self._state.fragments:
-            raise PacketError(f"no fragment {request.fragment!r} in role {request.role!r}")
+        session, request, _ = self._sessions.head(peer, frames, pb.PullRequest, b"pull")
+        if request.role != ROLE or request.fragment not in self._state.fragments or request.kind not in _BLOBS:
+            raise PacketError(f"no {request.kind} of fragment {request.fragment!r} in role {request.role!r}")
         head, payload = self._find(request)
         yield from send(session.send, head, b"pull-answer")
         if head.status == pb.PullHead.STATUS_READY:
@@ -172,25 +169,19 @@ class Hub:
 
     def rejected(self, cluster: str, reason: str) -> None:
         """Count a frame or delta that was refused."""
-        self.tally.rejected[reason] = self.tally.rejected.get(reason, 0) + 1
+        with self._changed:
+            self.tally.rejected[reason] = self.tally.rejected.get(reason, 0) + 1
         self._events.emit("rejected", cluster=cluster, reason=reason)
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
-    def _check_peer(self, peer: str | None, cluster: str) -> None:
-        if peer is not None and peer != cluster:
-            raise AuthError(f"the client certificate says {peer!r} but the message says {cluster!r}")
-
-    def _session(self, peer: str | None, frames: Iterable[Frame]) -> tuple[Session, Iterator[Frame]]:
-        stream = iter(frames)
-        first = next(stream, None)
-        if first is None:
-            raise FrameError("schema", "an empty call")
-        self._check_peer(peer, first.source)
-        session = self._sessions.get(first.source)
-        if session is None or session.epoch != first.epoch:
-            raise SessionError(f"no session of {first.source!r} with epoch {first.epoch}", hint="join again")
-        return session, chain([first], stream)
+    def _check_report(self, cluster: str, report: RoundReport) -> None:
+        """What a cluster says of itself is bounded by what can be true, as its weight is."""
+        run, most = self.agreement.run, self.agreement.tokens_per_round(cluster)
+        possible = report.round <= self._state.round and report.steps <= run.inner_steps and report.tokens <= most
+        figures = (report.loss, report.compute_s, report.stall_s, report.rtt_s)
+        if not (possible and all(map(isfinite, figures)) and (report.eval is None or isfinite(report.eval.loss_sum))):
+            raise PacketError(f"cluster {cluster} reports what cannot be: {report}")
 
     def _said_before(self, cluster: str, round: int) -> bool:
         return round < self._state.closed or cluster in self._state.reports.get(round, {})
@@ -198,6 +189,8 @@ class Hub:
     def _deliver(self, cluster: str, head: pb.PushHead, payload: bytes) -> pb.Receipt.Status.ValueType:
         if hashlib.sha256(payload).digest() != head.sha256:
             raise FrameError("hash", f"the delta of {cluster} does not match the digest its head states")
+        if head.base != head.round:
+            raise PacketError(f"a delta of round {head.round} is measured against version {head.base}")
         most = self.agreement.tokens_per_round(cluster)
         if not (isfinite(head.weight) and head.weight > 0):
             raise PacketError(f"weight {head.weight} of {cluster} is not a positive number")
@@ -257,7 +250,7 @@ class Hub:
         head = pb.PullHead(status=status, fragment=request.fragment)
         if commit is None:
             return head, b""
-        payload = self._ledger.get(commit.blobs["update" if request.kind == pb.PullRequest.KIND_UPDATE else "params"])
+        payload = self._ledger.get(commit.blobs[_BLOBS[request.kind]])
         head.version, head.digest, head.payload_bytes = commit.version, commit.digest, len(payload)
         head.contributors.extend(commit.contributors)
         head.sha256 = hashlib.sha256(payload).digest()
@@ -328,6 +321,9 @@ class Hub:
                 self._failure = self._failure or _fatal(error)
                 self._changed.notify_all()
             raise self._failure from error
+
+
+_BLOBS = {pb.PullRequest.KIND_UPDATE: "update", pb.PullRequest.KIND_STATE: "params"}
 
 
 def rules_of(agreement: Agreement, fragments: tuple[str, ...]) -> machine.Rules:

@@ -25,7 +25,7 @@ from nebula.security.session import Session, offer
 from nebula.types import ROLE, Held, Packets, Pulled, PushTicket, RoundPlan, RoundReport
 from nebula.wan.link import LinkMonitor, WireMeter
 from nebula.wan.messages import plan_of, plan_request
-from nebula.wan.transport import GrpcStub, Stub, payload_context, receive, send
+from nebula.wan.transport import GrpcStub, Stub, payload_context, receive, send, tls_refusal
 
 T = TypeVar("T")
 
@@ -59,7 +59,8 @@ class Gateway:
         max_stall: float,
         stub: Stub | None = None,
     ) -> None:
-        self._identity = Identity.load(Path(identity))
+        self._folder = Path(identity)
+        self._identity = Identity.load(self._folder)
         if self._identity.name != cluster:
             raise AuthError(
                 f"the identity in {identity} is of {self._identity.name!r}, this agent is of cluster {cluster!r}",
@@ -194,16 +195,38 @@ class Gateway:
             try:
                 return attempt()
             except PASSING as error:
-                self._meter.sample()
                 self._retries += 1
-                _raise_if_final(error, self._address)
+                self._raise_if_final(error)
                 if time.monotonic() - since + pause > self._max_stall:
                     raise UnreachableError(
                         f"the coordinator at {self._address} did not answer for {self._max_stall:g} s: {_said(error)}",
                         hint="check that it runs and that the address and port can be reached from here",
                     ) from error
+            finally:
+                self._meter.sample()  # a connection that breaks later has been counted up to here
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _raise_if_final(self, error: Exception) -> None:
+        """Raise what no repetition will change."""
+        if not isinstance(error, grpc.Call):
+            return
+        code, said = error.code(), _said(error)
+        if code == grpc.StatusCode.PERMISSION_DENIED:
+            raise AuthError(f"the coordinator at {self._address} refused this cluster: {said}") from error
+        if code == grpc.StatusCode.INVALID_ARGUMENT:
+            raise PacketError(f"the coordinator at {self._address} refused what this cluster sent: {said}") from error
+        if code not in REPEAT | REJOIN:
+            raise NebulaError(f"the coordinator at {self._address} gave up: {said}") from error
+        # Asked twice: by chance, one handshake may break as well.
+        if code == grpc.StatusCode.UNAVAILABLE and self._tls_refusal() and (why := self._tls_refusal()):
+            raise AuthError(
+                f"the coordinator at {self._address} and this cluster do not trust each other: {why}",
+                hint="both certificates must come from the same authority and be valid now",
+            ) from error
+
+    def _tls_refusal(self) -> str | None:
+        return tls_refusal(self._address, self._folder, timeout=LONGEST_PAUSE)
 
 
 def _pushed(session: Session, head: pb.PushHead, payload: bytes) -> Iterator[Frame]:
@@ -213,23 +236,6 @@ def _pushed(session: Session, head: pb.PushHead, payload: bytes) -> Iterator[Fra
 
 def _stale(error: Exception) -> bool:
     return isinstance(error, (FrameError, SessionError)) or (isinstance(error, grpc.Call) and error.code() in REJOIN)
-
-
-def _raise_if_final(error: Exception, address: str) -> None:
-    if not isinstance(error, grpc.Call):
-        return
-    code, said = error.code(), _said(error)
-    if code == grpc.StatusCode.PERMISSION_DENIED:
-        raise AuthError(f"the coordinator at {address} refused this cluster: {said}") from error
-    if code == grpc.StatusCode.INVALID_ARGUMENT:
-        raise PacketError(f"the coordinator at {address} refused what this cluster sent: {said}") from error
-    if code not in REPEAT | REJOIN:
-        raise NebulaError(f"the coordinator at {address} gave up: {said}") from error
-    if "CERTIFICATE_VERIFY_FAILED" in said or "SSL_ERROR_SSL" in said:
-        raise AuthError(
-            f"the coordinator at {address} and this cluster do not trust each other: {said}",
-            hint="both certificates must come from the same authority and be valid now",
-        ) from error
 
 
 def _said(error: Exception) -> str:

@@ -11,6 +11,7 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import site
 import socket
 import sys
@@ -52,7 +53,9 @@ class Head:
                 f"the folder for temporary files, {tempfile.gettempdir()}, has too long a name for Ray's sockets",
                 hint=f"set TMPDIR to a folder of at most {SOCKET_LIMIT - LONGEST_SOCKET - 16} letters",
             )
-        self._child = Child(f"ray head {name}", self._argv(cpus), log=log, env=self._environment())
+        self._child = Child(
+            f"ray head {name}", self._argv(cpus), log=log, env=self._environment(), orphaned=signal.SIGTERM
+        )
 
     @property
     def address(self) -> str:

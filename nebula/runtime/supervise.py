@@ -33,10 +33,10 @@ PR_SET_PDEATHSIG = 1
 
 # Set in a process of its own before exec: running Python between fork and exec deadlocks under threads.
 WRAPPER = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, int(sys.argv[2]))
 if os.getppid() != int(sys.argv[1]): sys.exit(1)
-os.execvpe(sys.argv[2], sys.argv[2:], os.environ)
+os.execvpe(sys.argv[3], sys.argv[3:], os.environ)
 """
 
 
@@ -75,12 +75,22 @@ def decide(history: Sequence[float], exit_code: int, now: float) -> Restart | Gi
 
 
 class Child:
-    """One process in its own session; stdout and stderr are appended to `log`."""
+    """One process in its own session; stdout and stderr are appended to `log`. `orphaned`: the signal it gets when we
+    die; a gentler one only for what has children of its own to take along."""
 
-    def __init__(self, name: str, argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        orphaned: signal.Signals = signal.SIGKILL,
+    ) -> None:
         self.name = name
         self._argv = list(argv)
         self._log = log
+        self._orphaned = orphaned
         self._env = dict(os.environ if env is None else env)
         self._process: subprocess.Popen[bytes] | None = None
         self._swept = False
@@ -88,7 +98,7 @@ class Child:
     def start(self) -> None:
         assert self.poll() is not None or self._process is None, f"{self.name} runs already"
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-I", "-S", "-c", WRAPPER, str(os.getpid()), *self._argv]
+        command = [sys.executable, "-I", "-S", "-c", WRAPPER, str(os.getpid()), str(int(self._orphaned)), *self._argv]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

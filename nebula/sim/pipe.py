@@ -158,7 +158,11 @@ class End(asyncio.BufferedProtocol):
     def _pass_eof(self, out: asyncio.Transport) -> None:
         """Half-close: the other direction stays open until it has ended as well."""
         self._passed_all = True
-        out.write_eof()
+        try:
+            out.write_eof()
+        except OSError:  # reset from its far end, which an end that has read all does not hear of
+            out.abort()
+            return
         if self.peer is not None and self.peer._passed_all:
             out.close()
             self.transport.close()

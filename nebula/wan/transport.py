@@ -8,7 +8,10 @@ the head before it, which ties the two together.
 from __future__ import annotations
 
 import hashlib
+import socket
+import ssl
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc
@@ -18,6 +21,7 @@ from nebula.errors import FrameError
 from nebula.proto.v1.federation_pb2_grpc import FederationStub
 from nebula.proto.v1.packet_pb2 import Frame
 from nebula.proto.v1.run_pb2 import JoinRequest, JoinResponse
+from nebula.security.pki import AUTHORITY, CERTIFICATE, KEY
 
 if TYPE_CHECKING:
     from nebula.security.pki import Identity
@@ -72,6 +76,36 @@ class GrpcStub:
 
     def close(self) -> None:
         self._channel.close()
+
+
+def tls_refusal(address: str, identity: Path, timeout: float) -> str | None:
+    """Why TLS with the coordinator fails although it is there; None if it works, or nobody answers within `timeout`
+    seconds. `identity`: folder of the cluster's certificate.
+
+    gRPC does not tell: in TLS 1.3 a server judges the client's certificate when the client's handshake has ended, and
+    gRPC's servers then close the connection without an alert, as if it had broken."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(identity / AUTHORITY)
+    context.load_cert_chain(identity / CERTIFICATE, identity / KEY)
+    context.set_alpn_protocols(["h2"])
+    host, _, port = address.rpartition(":")
+    trusted = False
+    try:
+        with (
+            socket.create_connection((host, int(port)), timeout) as connection,
+            context.wrap_socket(connection, server_hostname=TLS_NAME) as secure,
+        ):
+            trusted = True
+            if secure.recv(1):  # an HTTP/2 server speaks first
+                return None
+    except TimeoutError:
+        return None
+    except ssl.SSLError as error:
+        if not isinstance(error, ssl.SSLEOFError):
+            return str(error)
+    except OSError:  # nobody there, or a connection that broke
+        pass
+    return "it closes connections that show this certificate" if trusted else None
 
 
 def send(channel: Channel, message: Message, context: bytes) -> Iterator[Frame]:

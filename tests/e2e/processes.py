@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-RECIPE = '''
+RECIPE = """
 from nebula.config import AdamW, Data, Membership, Model, Run
 
 def recipe() -> Run:
@@ -25,7 +25,7 @@ def recipe() -> Run:
         rounds=6, inner_steps=3, batch=2, evaluate_every=3,
         membership=Membership(quorum=2, max_stall=120.0),
     )
-'''
+"""
 
 CLUSTERS = """
 coordinator: {port: 0}

@@ -242,6 +242,19 @@ def test_stopping_lets_the_round_under_way_finish():
     assert machine.ended(state, 0.0) == "stopped"
 
 
+def test_stopping_in_the_last_round_still_evaluates_the_final_model():
+    state, _ = run(founded(rounds=1), Planned(cluster=NORTH, held=held(0)), Stopping("asked to"))
+    plan = machine.plan(after_round(state), NORTH, held(1))
+    assert (plan.action, plan.inner_steps, plan.eval_count) == ("train", 0, 2)
+
+
+def test_a_delta_that_comes_after_the_stop_is_kept_but_not_merged():
+    state, _ = run(founded(), Stopping("asked to"), *(arrived(c, "f0", 0) for c in (NORTH, SOUTH)))
+    state, none = run(state, Tick(), now=1e9)
+    assert none == []
+    assert set(state.fragments["f0"].arrived) == {NORTH, SOUTH}
+
+
 def test_stopping_between_rounds_stops_at_once():
     state, _ = run(founded(), Stopping("asked to"))
     assert machine.plan(state, NORTH, held(0)).action == "stop"
@@ -264,8 +277,27 @@ def test_the_end_does_not_wait_for_a_dead_cluster_longer_than_max_stall():
     for round in (0, 1):
         state, _ = run(state, Reported(cluster=NORTH, report=report(round)))
     state, _ = run(state, Planned(cluster=NORTH, held=held(1)), now=50.0)
-    assert machine.ended(state, 149.0) is None
+    state, none = run(state, Tick(), now=149.0)
+    assert (machine.ended(state, 149.0), none) == (None, [])
+    state, closing = run(state, Tick(), now=150.0)
     assert machine.ended(state, 150.0) == "completed"
+    # ... and what the others reported counts
+    assert [(type(c), c.round, set(c.reports)) for c in closing] == [(RoundClosed, r, {NORTH}) for r in (0, 1)]
+
+
+def test_a_restart_after_everyone_has_left_ends_by_itself():
+    state = machine.restarted(after_round(founded(rounds=1)), 50.0)
+    state, _ = run(state, Tick(), now=149.0)
+    assert machine.ended(state, 149.0) is None
+    state, _ = run(state, Tick(), now=150.0)
+    assert machine.ended(state, 150.0) == "completed"
+
+
+def test_a_stop_repeated_after_everyone_has_left_ends_by_itself():
+    state = machine.restarted(after_round(founded()), 50.0)
+    state, _ = run(state, Stopping("asked to"), now=60.0)
+    assert machine.ended(state, 159.0) is None
+    assert machine.ended(state, 160.0) == "stopped"
 
 
 @settings(max_examples=60, deadline=None)

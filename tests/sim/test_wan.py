@@ -289,6 +289,20 @@ def test_closing_one_side_closes_the_other_after_its_last_byte(who: str):
         assert receive(stayer, 300_001) == b"x" * 300_000
 
 
+def test_half_closing_a_peer_that_is_gone_is_no_error_and_holds_up_nobody(caplog):
+    with relayed() as (relay, target):
+        with connection(relay, target) as (client, server):
+            client.close()
+            assert receive(server, 1) == b""
+            server.sendall(b"to nobody")  # which the client's kernel answers with a reset
+            server.shutdown(socket.SHUT_WR)
+            rounds_of_the_loop(relay, 5)
+        with connection(relay, target) as (client, server):
+            server.sendall(b"after")
+            assert receive(client, 5) == b"after"
+    assert caplog.records == []  # where the event loop reports what no one caught
+
+
 def test_a_connection_that_is_reset_ends_on_the_other_side():
     with relayed() as (relay, target), connection(relay, target) as (client, server):
         server.sendall(b"unread")
