@@ -5,11 +5,12 @@
 Five sides train the code-moe model from the same start on the same windows, each as one rank with one CPU thread in a
 process of its own: the plain loop of plain.py, the plain loop again (its ratio to itself is the noise), and
 types.Engine.train with the rank in this process, in a spawned process, and in a Ray actor. They take turns, a slice of
-a few steps each, in an order that rotates, so that what else the machine does hits all of them. `--steps 2` makes a
-slice about a second, which is how the agent calls an engine. An engine's time is its caller's, so it includes the way
-to the rank and back; the loop's is its own. Reported is the median, over slices, of the ratio to the plain loop of the
-same turn, of wall time and, as a check that a busy machine disturbs less, of the CPU time of the rank's process. The
-losses of all sides must agree, or the work was not the same and the benchmark fails.
+a few steps each, in an order that rotates, so that what else the machine does hits all of them. The agent calls an
+engine for about a second's steps at a time; where a step takes less than half a second, slices of two are shorter, to
+the engines' disadvantage. An engine's time is its caller's, so it includes the way to the rank and back; the loop's is
+its own. Reported is the median, over slices, of the ratio to the plain loop of the same turn, of wall time and, as a
+check that a busy machine disturbs less, of the CPU time of the rank's process. The losses of all sides must agree, or
+the work was not the same and the benchmark fails.
 """
 
 from __future__ import annotations

@@ -10,19 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nebula.config import Agreement, Cluster, Data, Federation, Model, Run, agree
+from nebula.data.open import open_data
 from nebula.data.prepare import prepare
 from nebula.federation.agent import Agent
 from nebula.federation.hub import Hub
 from nebula.federation.memory import MemoryStub
 from nebula.metrics.events import EventLog, read
+from nebula.models.init import initial, parameter_shapes
+from nebula.models.transformer import Transformer
 from nebula.runtime.engine import GroupEngine, Ranks
 from nebula.runtime.gateway import Gateway
 from nebula.runtime.local import launch
 from nebula.security.pki import Identity, throwaway
 from nebula.wan.transport import TLS_NAME
 
-WORDS = "def class return import from self yield while for if else try raise with as lambda none true false".split()
+WORDS = ["def", "class", "return", "import", "from", "self", "yield", "while", "for", "if", "else", "raise", "none"]
 
 TINY = Model(
     vocab=256 + 64, layers=2, dim=32, heads=2, kv_heads=2, ffn_dim=32, experts=4, top_k=2, dense_layers=1, aux_loss=0.0
@@ -137,6 +142,25 @@ def run_together(acts: Mapping[str, Callable[[], object]]) -> None:
     for _ in acts:
         if (error := ends.get()) is not None:
             raise error
+
+
+def one_process(agreement: Agreement, tokenizer: str, cache: Path) -> dict[str, torch.Tensor]:
+    """What data parallelism comes to: a plain torch loop over the full global batch, nothing of Nebula's in it but
+    model, initial values and data."""
+    run = agreement.run
+    model = Transformer(run.model)
+    with torch.no_grad():
+        for name, shape in parameter_shapes(run.model).items():
+            model.get_parameter(name).copy_(initial(name, shape, run.model, run.seed))
+    data = {name: open_data(agreement, name, tokenizer, cache) for name in sorted(agreement.members)}
+    optimizer = torch.optim.SGD(model.parameters(), lr=run.optimizer.lr)
+    for step in range(run.rounds):
+        windows = torch.cat([part.batch(step, 0, 1) for part in data.values()])
+        logits, _ = model(windows[:, :-1])
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
 
 
 def clusters(**ranks: int) -> Federation:

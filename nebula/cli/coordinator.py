@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import queue
 import signal
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nebula.cli import output
 from nebula.cli.rundir import RunDir, write_atomically
 from nebula.errors import QuorumError
+from nebula.types import Json
 
 if TYPE_CHECKING:
     from nebula.federation.hub import Hub
+    from nebula.metrics.events import EventLog
 
 TICK_SECONDS = 0.2
 
@@ -24,7 +28,7 @@ def command(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7443,
 ) -> None:
-    """Run the coordinator of one run. SIGTERM: finish the round that is under way, then stop."""
+    """Run the coordinator of one run. Ctrl-C or SIGTERM: stop after the round that is under way; again: at once."""
     from nebula.federation.hub import Hub
     from nebula.federation.service import serve
     from nebula.metrics.events import EventLog
@@ -33,9 +37,9 @@ def command(
     run = RunDir(run_dir)
     agreement, tokenizer = run.agreement(), run.tokenizer()
     identity = Identity.load(run.identity("coordinator"))
-    stop = threading.Event()
+    asked: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda number, _: asked.put(number))
     events = EventLog(run.events)
     hub = Hub(agreement, tokenizer.encode(), identity, run.journal, events)
     server, _ = serve(hub, identity, host, port)
@@ -53,22 +57,35 @@ def command(
     )
     state = "failed"
     try:
-        state = _until_ended(hub, stop)
+        state = _until_ended(hub, asked)
     except QuorumError:
         state = "stopped"
         raise
     finally:
         server.stop(grace=2).wait()
         summary = hub.tally.summary(run=agreement.run.name, state=state, global_digest=hub.global_digest())
-        events.emit("run_ended", state=state)
-        write_atomically(run.summary, json.dumps(summary, indent=1).encode())
+        _leave(run, summary, events)
         hub.close()
 
 
-def _until_ended(hub: Hub, stop: threading.Event) -> str:
+def _until_ended(hub: Hub, asked: queue.SimpleQueue[int]) -> str:
+    """Asked once, the run stops after the round that is under way; asked again, at once."""
+    stopping = False
     while (state := hub.ended()) is None:
         hub.tick()
-        if stop.wait(TICK_SECONDS):
-            stop.clear()
+        with contextlib.suppress(queue.Empty):
+            asked.get(timeout=TICK_SECONDS)
+            if stopping:
+                return "stopped"
+            stopping = True
             hub.stop("asked to")
     return state
+
+
+def _leave(run: RunDir, summary: dict[str, Json], events: EventLog) -> None:
+    """The last words. A disk too full for them is told, and must not hide why the run ended."""
+    try:
+        events.emit("run_ended", state=summary["state"])
+        write_atomically(run.summary, json.dumps(summary, indent=1).encode())
+    except OSError as error:
+        output.say(f"{run.summary} cannot be written: {error}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -30,6 +31,9 @@ from nebula.types import COORDINATOR
 POLL_SECONDS = 0.1
 AGENT_ENDS_SECONDS = 20.0
 """How long agents may take to leave once the coordinator has ended."""
+COORDINATOR_ENDS_SECONDS = 5.0
+FULL_BYTES = 1 << 20
+"""A disk with less free than this is as good as full."""
 
 EngineKind = Literal["ray", "local"]
 
@@ -69,10 +73,8 @@ class Launch:
         self._federation = run.federation()
         self._tails = {COORDINATOR: Tail(run.events)}
         self._tails |= {name: Tail(run.cluster(name) / "events.jsonl") for name in self._federation.clusters}
-        self._coordinator: Child | None = None
         self._began = time.monotonic()
-        self.first_step_after: float | None = None
-        """Seconds from the start of this life to the first inner step that was reported."""
+        self._stepped = False
 
     def drive(self) -> dict[str, Any]:
         """Run to the end. Returns the summary. Raises what ended the run, KeyboardInterrupt after a Ctrl-C."""
@@ -93,12 +95,12 @@ class Launch:
         endpoint = self._federation.coordinator
         port = endpoint.port or free_port()
         check_port(endpoint.host, port, "coordinator.port")
+        self._coordinator = self._child(
+            COORDINATOR, "coordinator", self._run.path, "--host", endpoint.host, "--port", port
+        )
         links = {name: (c.link, (endpoint.host, port)) for name, c in self._federation.clusters.items() if c.link}
         relays = stack.enter_context(running(links, seed=self._agreement.run.seed))
         supervisor = stack.enter_context(Supervisor())
-        self._coordinator = self._child(
-            COORDINATOR, "coordinator", str(self._run.path), "--host", endpoint.host, "--port", port
-        )
         supervisor.start(self._coordinator)
         for name, cluster in self._federation.clusters.items():
             address = f"{endpoint.host}:{relays[name].port if name in relays else port}"
@@ -119,7 +121,9 @@ class Launch:
 
     def _child(self, name: str, *arguments: object, env: dict[str, str] | None = None) -> Child:
         argv = [sys.executable, "-m", "nebula.cli.main", *map(str, arguments)]
-        return Child(name, argv, log=self._run.logs / f"{name}.log", env={**os.environ, **(env or {})})
+        log = self._run.logs / f"{name}.log"
+        # Both are made for a power cut; a coordinator that is merely asked would wait for clusters that are gone.
+        return Child(name, argv, log=log, env={**os.environ, **(env or {})}, orphaned=signal.SIGKILL)
 
     def _agent(self, name: str, cluster: Cluster, address: str, head: Head | None) -> Child:
         arguments: list[object] = [
@@ -141,33 +145,39 @@ class Launch:
     # --- watch ----------------------------------------------------------------------------------------------------
 
     def _watch(self, supervisor: Supervisor, interrupts: Interrupts) -> NebulaError | None:
-        """Keep everything alive until the coordinator has ended."""
-        assert self._coordinator is not None
+        """Keep everything alive until the coordinator has ended, or the run cannot go on. Returns why, if it cannot."""
         asked = False
         while True:
             for event in supervisor.poll():
-                if event.child == COORDINATOR and event.kind in ("finished", "gave_up"):
+                if event.kind in ("failed", "gave_up"):
+                    why = last_words(event.tail)
+                    self._display.note(f"{event.child} ended with exit code {event.exit_code}: {why}")
+                if event.child == COORDINATOR and (event.kind in ("finished", "gave_up") or interrupts.count):
                     self._await_agents(supervisor)
-                    self._feed()
-                    return None if event.kind == "finished" else failure_of(event)
-                if (error := self._lost(event, supervisor)) is not None:
-                    return error
+                    return self._failure(event) if event.kind == "gave_up" else None
+                if event.kind == "gave_up" and self._too_few(supervisor):
+                    self._end_now()
+                    return self._failure(event)
             if interrupts.count > 1:
+                self._end_now()
                 return None
             if interrupts.count and not asked:
-                asked = True
-                os.kill(self._coordinator.pid, signal.SIGTERM)
+                asked = self._coordinator.terminate()
             self._feed()
             self._display.tick()
             time.sleep(POLL_SECONDS)
 
-    def _lost(self, event: Event, supervisor: Supervisor) -> NebulaError | None:
-        """Tell what happened; an error if the run cannot go on."""
-        if event.kind in ("failed", "gave_up"):
-            self._display.note(f"{event.child} ended with exit code {event.exit_code}: {last_words(event.tail)}")
-        if event.kind == "gave_up" and not any(name in supervisor.alive for name in self._federation.clusters):
-            return failure_of(event)
-        return None
+    def _too_few(self, supervisor: Supervisor) -> bool:
+        alive = sum(name in supervisor.alive for name in self._federation.clusters)
+        return alive < self._agreement.run.membership.quorum
+
+    def _end_now(self) -> None:
+        """Have the coordinator leave a summary without waiting for anyone: asked again, it stops at once."""
+        until = time.monotonic() + COORDINATOR_ENDS_SECONDS
+        while self._coordinator.running and time.monotonic() < until:
+            self._coordinator.terminate()
+            time.sleep(POLL_SECONDS)
+        self._feed()
 
     def _await_agents(self, supervisor: Supervisor) -> None:
         until = time.monotonic() + AGENT_ENDS_SECONDS
@@ -175,12 +185,26 @@ class Launch:
             supervisor.poll()
             self._feed()
             time.sleep(POLL_SECONDS)
+        self._feed()
+
+    def _failure(self, event: Event) -> NebulaError:
+        """A child's end as an error of our own, with its exit code."""
+        if shutil.disk_usage(self._run.path).free < FULL_BYTES:  # then its log may be empty, too
+            return PreflightError(
+                f"the disk with {self._run.path} is full; what was acknowledged is on it",
+                hint=f"free some space, then: nebula resume {self._run.path}",
+            )
+        lines = event.tail.splitlines()
+        hint = next((line.removeprefix("hint: ") for line in reversed(lines) if line.startswith("hint: ")), "")
+        kind = BY_EXIT_CODE.get(event.exit_code, NebulaError)
+        return kind(f"{event.child}: {last_words(event.tail).removeprefix('error: ')}", hint=hint)
 
     def _feed(self) -> None:
         for source, tail in self._tails.items():
             for event in tail.poll():
-                if event["event"] == "step" and self.first_step_after is None:
-                    self.first_step_after = time.monotonic() - self._began
+                if event["event"] == "step" and not self._stepped:
+                    self._stepped = True
+                    self._display.note(f"first inner steps after {time.monotonic() - self._began:.0f} s")
                 self._display.feed(source, event)
 
 
@@ -193,11 +217,3 @@ def last_words(tail: str) -> str:
     """The line of a log that says why, else its last one."""
     lines = [line for line in tail.splitlines() if line.strip()]
     return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no log")
-
-
-def failure_of(event: Event) -> NebulaError:
-    """A child's end as an error of our own, with its exit code."""
-    lines = event.tail.splitlines()
-    hint = next((line.removeprefix("hint: ") for line in reversed(lines) if line.startswith("hint: ")), "")
-    kind = BY_EXIT_CODE.get(event.exit_code, NebulaError)
-    return kind(f"{event.child}: {last_words(event.tail).removeprefix('error: ')}", hint=hint)

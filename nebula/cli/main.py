@@ -5,6 +5,8 @@ A verb's module is imported when the verb is called, so that `--help` needs none
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import os
 import sys
@@ -17,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from nebula import __version__
 from nebula.cli import output
-from nebula.errors import NebulaError, UsageError
+from nebula.errors import NebulaError, PreflightError, UsageError
 
 VERBS = {
     "run": "Train a recipe on the clusters of a file, all on this machine.",
@@ -103,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         told = explained(error, verb)
-        output.failure(verb, told, as_json="--json" in arguments)
+        with contextlib.suppress(OSError):  # with nowhere left to say it, the exit code still does
+            output.failure(verb, told, as_json="--json" in arguments)
         return told.exit_code
 
 
@@ -114,6 +117,8 @@ def explained(error: Exception, verb: str) -> NebulaError:
     if isinstance(error, CommandLineError):
         message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
         return UsageError(message, hint=f"see nebula {verb} --help".replace("  ", " "))
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return PreflightError(f"the disk is full: {error}", hint="free some space, then go on")
     cause = " ".join(f"{type(error).__name__}: {error}".split())
     return NebulaError(f"unexpected: {cause}", hint="run again with --debug to see where")
 

@@ -33,6 +33,7 @@ def prepare(run: Run, federation: Federation, out: Path) -> RunDir:
     from nebula.wan.transport import TLS_NAME
 
     check_room(run, federation, out)
+    check_ports(federation)
     data = prepare_data(run.data, run.model.vocab, sorted(federation.clusters), cache_folder())
     digest = "sha256:" + hashlib.sha256(data.tokenizer.encode()).hexdigest()
     try:
@@ -58,3 +59,16 @@ def check_room(run: Run, federation: Federation, out: Path) -> None:
             f"{existing} has {free / 1e6:.0f} MB free; this run keeps up to {needed / 1e6:.0f} MB there",
             hint="free some space or choose another disk with --out",
         )
+
+
+def check_ports(federation: Federation) -> None:
+    """Raises PreflightError where a port that the cluster file names is taken."""
+    from nebula.runtime.heads import HOST, check_port
+
+    wanted = {"coordinator.port": (federation.coordinator.host, federation.coordinator.port)}
+    for name, cluster in federation.clusters.items():
+        wanted[f"clusters.{name}.ray.port"] = (HOST, cluster.ray.port)
+        wanted[f"clusters.{name}.ray.dashboard_port"] = (HOST, cluster.ray.dashboard_port or 0)
+    for setting, (host, port) in wanted.items():
+        if port:
+            check_port(host, port, setting)

@@ -116,7 +116,7 @@ def create(
         write_atomically(aside / "tokenizer.json", tokenizer.encode())
         fill(aside)
         return RunDir(_claim(aside, out / agreement.run.name))
-    except OSError:
+    except BaseException:  # a Ctrl-C, too, leaves nothing behind
         shutil.rmtree(aside, ignore_errors=True)
         raise
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from threading import Thread
+from typing import Literal, TypeVar
 
 from nebula.errors import NebulaError, RankFailure
 from nebula.types import (
@@ -23,6 +25,8 @@ from nebula.types import (
     RoundReport,
     Transport,
 )
+
+T = TypeVar("T")
 
 Emit = Callable[..., None]
 
@@ -45,39 +49,49 @@ class Agent:
     held: dict[str, Held] = field(default_factory=dict)
     rebuilds: int = 0
     _pace: float = 0.0
+    _unsaved: bool = False
+    """Whether the ranks hold a finished round that the disk does not."""
 
     def run(self) -> Literal["done", "stop"]:
         """Take part until the run is done or stopped. Raises what cannot be survived here."""
-        self._build()
         report: RoundReport | None = None
-        failures = 0
+        failures, built = 0, False
         while True:
-            plan = self.transport.plan(self.held, report, self.rebuilds)
-            report = None
-            match plan.action:
-                case "train":
-                    try:
+            try:
+                if not built:
+                    self._build()
+                    built = True
+                plan = self.transport.plan(self.held, report, self.rebuilds)
+                report = None
+                match plan.action:
+                    case "train":
                         report = self._round(plan)
                         failures = 0
-                    except RankFailure as failure:
-                        failures += 1
-                        self._rebuild(failure, failures)
-                case "catch_up":
-                    self._catch_up(plan)
-                case "wait":
-                    time.sleep(PROGRESS_SECONDS)
-                case "done" | "stop":
-                    self.engine.stop()
-                    return plan.action
+                    case "catch_up":
+                        self._catch_up(plan)
+                    case "wait":
+                        time.sleep(PROGRESS_SECONDS)
+                    case "done" | "stop":
+                        self._leave(plan)
+                        return plan.action
+            except RankFailure as failure:
+                failures, built = failures + 1, False
+                self._survive(failure, failures)
 
-    def _round(self, plan: RoundPlan) -> RoundReport:
-        """One outer round: train, send what was learned, take what everyone learned."""
+    def _round(self, plan: RoundPlan) -> RoundReport | None:
+        """One outer round: train, send what was learned, take what everyone learned. None if the run stopped before
+        the round was committed; it is then trained anew when the run is resumed."""
         evaluation = self._evaluate(plan)
         trained = self._train(plan)
-        stalled = self._exchange(plan, trained) if plan.fragments else 0.0
-        after = plan.round + 1
-        if plan.fragments and after % self.checkpoint_every == 0:
-            self.engine.save(after, self.held)
+        try:
+            stalled = self._exchange(plan, trained) if plan.fragments else 0.0
+        except _Ended:
+            self._unsaved = False  # the ranks hold half a round; the disk has what came before it
+            return None
+        if plan.fragments:
+            self._unsaved = True
+            if (plan.round + 1) % self.checkpoint_every == 0:
+                self._save(plan.round + 1)
         return RoundReport(
             round=plan.round,
             steps=trained.steps,
@@ -88,6 +102,16 @@ class Agent:
             eval=evaluation,
             evaluated_round=plan.round,
         )
+
+    def _leave(self, plan: RoundPlan) -> None:
+        """A stopped run is resumed from here exactly, wherever the last checkpoint was due."""
+        if plan.action == "stop" and self._unsaved:
+            self._save(plan.round)
+        self.engine.stop()
+
+    def _save(self, tag: int) -> None:
+        self.engine.save(tag, self.held)
+        self._unsaved = False
 
     def _evaluate(self, plan: RoundPlan) -> Evaluation | None:
         if not plan.eval_count:
@@ -120,19 +144,22 @@ class Agent:
         """Push every due fragment, then apply the commits as they come. Returns seconds spent waiting."""
         self.emit("phase", phase="pushing", round=plan.round)
         stalled = 0.0
-        with ThreadPoolExecutor(len(plan.fragments), thread_name_prefix="exchange") as pool:
-            waiting = {}
+        waiting: dict[str, Future[tuple[Pulled, Payload]]] = {}
+        try:
             for fragment, base in plan.fragments.items():
                 ticket = PushTicket(
                     role=ROLE, fragment=fragment, round=plan.round, base=base, weight=float(trained.tokens)
                 )
                 packets = self.engine.pull(fragment)
-                waiting[fragment] = pool.submit(self._deliver, ticket, packets)
+                waiting[fragment] = _in_background(partial(self._deliver, ticket, packets))
             for fragment, delivery in waiting.items():
                 start = time.monotonic()
                 pulled, payload = delivery.result()
                 stalled += time.monotonic() - start
                 self._apply(fragment, pulled, payload)
+        except Exception:
+            wait(waiting.values())  # a group that is rebuilt delivers anew, and not beside its predecessor
+            raise
         return stalled
 
     def _deliver(self, ticket: PushTicket, packets: Packets) -> tuple[Pulled, Payload]:
@@ -147,7 +174,7 @@ class Agent:
         elif pulled.status == "gone":
             self._adopt(fragment, pulled.version)
         else:
-            raise NebulaError(f"the run ended before round of fragment {fragment} was committed")
+            raise _Ended
 
     def _push(
         self, fragment: str, kind: Literal["update", "state"], pulled: Pulled, payload: Payload, merged: bool
@@ -170,8 +197,9 @@ class Agent:
     def _build(self) -> None:
         self.emit("phase", phase="building")
         self.held = self.engine.start()
+        self._unsaved = False
 
-    def _rebuild(self, failure: RankFailure, failures: int) -> None:
+    def _survive(self, failure: RankFailure, failures: int) -> None:
         self.emit("rank_failure", rank=failure.rank, message=failure.message)
         if failures > MOST_REBUILDS:
             raise NebulaError(
@@ -179,4 +207,21 @@ class Agent:
                 hint="see the cluster's log; a rank that dies at once usually lacks memory",
             ) from failure
         self.rebuilds += 1
-        self._build()
+
+
+class _Ended(Exception):
+    """The run stops before the version that is waited for exists."""
+
+
+def _in_background(act: Callable[[], T]) -> Future[T]:
+    """Run `act` in a thread that the process does not wait for when it is told to end."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(act())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="exchange", daemon=True).start()
+    return future

@@ -13,9 +13,14 @@ from nebula.types import Delta, Slice
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+LARGEST = 1e6
+"""No parameter moves this far in a round. Larger values could overflow the fp32 sums, and a delta that was accepted has
+to merge: the journal would offer it again after every restart."""
+
 
 def check_tiling(slices: Mapping[Slice, Tensor], shapes: Shapes) -> None:
-    """Raise PacketError unless the slices cover every parameter of the fragment exactly once and are finite."""
+    """Raise PacketError unless the slices cover every parameter of the fragment exactly once, finite and no larger than
+    LARGEST."""
     by_name: dict[str, list[Slice]] = {name: [] for name in shapes}
     for where, values in slices.items():
         if where.name not in by_name:
@@ -23,6 +28,8 @@ def check_tiling(slices: Mapping[Slice, Tensor], shapes: Shapes) -> None:
         _check_inside(where, shapes[where.name])
         if not bool(torch.isfinite(values).all()):
             raise PacketError(f"parameter {where.name!r} has values that are not finite")
+        if bool((values.abs() > LARGEST).any()):
+            raise PacketError(f"parameter {where.name!r} is said to have moved by more than {LARGEST:g}")
         by_name[where.name].append(where)
     for name, boxes in by_name.items():
         if sum(prod(box.shape) for box in boxes) != prod(shapes[name]):

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from math import isfinite, prod
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -39,7 +40,8 @@ from nebula.wan.transport import payload_context, send
 T = TypeVar("T")
 
 LONG_POLL = 10.0
-"""Seconds a pull waits at the coordinator before the agent asks again; well under any proxy's idle limit."""
+"""The most seconds a pull waits at the coordinator before the agent asks again; well under any proxy's idle limit, and
+never so long that the agent takes it for silence."""
 
 
 class Hub:
@@ -84,8 +86,9 @@ class Hub:
             self._count(event, effects)
         if any(f.commit is None for f in state.fragments.values()):
             for event in self._merger.found():
-                self._journal.append(event)
-                state, _ = machine.step(state, event, self._clock())
+                if state.fragments[event.fragment].commit is None:  # else a crash came in between
+                    self._journal.append(event)
+                    state, _ = machine.step(state, event, self._clock())
         else:
             self._merger.restore({name: f.commit for name, f in state.fragments.items() if f.commit})
         self._ledger.keep(_live_blobs(state))
@@ -103,7 +106,7 @@ class Hub:
         self._apply(Tick())
 
     def stop(self, reason: str) -> None:
-        self._events.emit("stopping", reason=reason)
+        self._tell("stopping", reason=reason)
         self._apply(Stopping(reason))
 
     def ended(self) -> Literal["completed", "stopped"] | None:
@@ -131,7 +134,7 @@ class Hub:
             reply, session = answer(self._identity, request.offer, epoch=epoch, agreement=self._digest)
             self._apply(Joined(cluster=cluster, epoch=epoch))
             self._sessions.answered(session)
-        self._events.emit("joined", cluster=cluster, epoch=epoch)
+        self._tell("joined", cluster=cluster, epoch=epoch)
         welcome = pb.Welcome(agreement=self.agreement.canonical(), tokenizer=self._tokenizer)
         return pb.JoinResponse(answer=reply, welcome=list(send(session.send, welcome, b"welcome")))
 
@@ -171,7 +174,7 @@ class Hub:
         """Count a frame or delta that was refused."""
         with self._changed:
             self.tally.rejected[reason] = self.tally.rejected.get(reason, 0) + 1
-        self._events.emit("rejected", cluster=cluster, reason=reason)
+        self._tell("rejected", cluster=cluster, reason=reason)
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
@@ -192,8 +195,8 @@ class Hub:
         if head.base != head.round:
             raise PacketError(f"a delta of round {head.round} is measured against version {head.base}")
         most = self.agreement.tokens_per_round(cluster)
-        if not (isfinite(head.weight) and head.weight > 0):
-            raise PacketError(f"weight {head.weight} of {cluster} is not a positive number")
+        if not (isfinite(head.weight) and head.weight >= 1):  # the sum of tiny ones vanishes in fp32
+            raise PacketError(f"weight {head.weight} of {cluster} is not a positive number of tokens")
         verdict = self._verdict(cluster, head)
         if verdict == "accept":
             read_delta(payload, head.parts, self._merger.shapes[head.fragment])
@@ -230,13 +233,13 @@ class Hub:
                 seconds=seconds,
             )
         )
-        self._events.emit(
+        self._tell(
             "delta", cluster=cluster, round=head.round, fragment=head.fragment, bytes=sum(head.parts), seconds=seconds
         )
 
     def _find(self, request: pb.PullRequest) -> tuple[pb.PullHead, bytes]:
         """Wait up to a long poll for what is asked."""
-        until = self._clock() + LONG_POLL
+        until = self._clock() + min(LONG_POLL, self.agreement.run.membership.max_stall / 2)
         with self._changed:
             while True:
                 if self._failure is not None:
@@ -265,7 +268,7 @@ class Hub:
             self._state, effects = machine.step(self._state, event, self._clock())
             self._count(event, effects)
             for effect in effects:
-                self._perform(effect)
+                self._guard(partial(self._perform, effect))
             self._changed.notify_all()
 
     def _count(self, event: Event, effects: tuple[machine.Effect, ...]) -> None:
@@ -285,9 +288,9 @@ class Hub:
                 for kind, fields in narrate.round_closed(
                     effect.round, effect.reports, self.tally, self.global_digest()
                 ):
-                    self._events.emit(kind, **fields)
+                    self._tell(kind, **fields)
             case machine.Alarm():
-                self._events.emit("alarm", kind=effect.kind, cluster=effect.cluster, detail=effect.detail)
+                self._tell("alarm", kind=effect.kind, cluster=effect.cluster, detail=effect.detail)
             case machine.QuorumLost():
                 membership = self.agreement.run.membership
                 self._failure = self._failure or QuorumError(
@@ -300,17 +303,20 @@ class Hub:
     def _merge_all(self) -> None:
         while (effect := self._merges.get()) is not None:
             try:
-                self._merge(effect)
+                self._guard(partial(self._merge, effect))
             except NebulaError:
                 return  # it is the failure that the next tick raises
 
     def _merge(self, effect: machine.Merge) -> None:
-        committed = self._guard(lambda: self._merger.merge(effect))
+        committed = self._merger.merge(effect)
         self._apply(committed)
         update_bytes = self._ledger.size(committed.blobs["update"])
-        self._events.emit("commit", **narrate.committed(committed, update_bytes))
+        self._tell("commit", **narrate.committed(committed, update_bytes))
         with self._changed:
             self._ledger.keep(_live_blobs(self._state))
+
+    def _tell(self, event: str, /, **fields: object) -> None:
+        self._guard(lambda: self._events.emit(event, **fields))
 
     def _guard(self, act: Callable[[], T]) -> T:
         """Anything that fails while writing ends this coordinator: nothing may be acknowledged on top of it."""

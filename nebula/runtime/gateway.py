@@ -226,7 +226,7 @@ class Gateway:
             ) from error
 
     def _tls_refusal(self) -> str | None:
-        return tls_refusal(self._address, self._folder, timeout=LONGEST_PAUSE)
+        return tls_refusal(self._address, self._folder, timeout=min(LONGEST_PAUSE, self._max_stall))
 
 
 def _pushed(session: Session, head: pb.PushHead, payload: bytes) -> Iterator[Frame]:

@@ -124,6 +124,14 @@ class Child:
             return ""
         return "\n".join(self._log.read_text("utf-8", errors="replace").splitlines()[-lines:])
 
+    def terminate(self) -> bool:
+        """Ask it to end. False if it does not run."""
+        if not self.running:
+            return False
+        assert self._process is not None
+        self._process.terminate()
+        return True
+
     def stop(self, grace: float = 10.0) -> None:
         """Ask it to end; after `grace` seconds, or once it has, kill whatever is left of its session."""
         if self._process is None:
@@ -252,14 +260,15 @@ class Supervisor:
         if code is None:
             return None
         kept.exit_code = code
-        kept.child.stop()  # what it left behind
+        tail = kept.child.tail()  # now: stopping what is left may add words of its own
+        kept.child.stop()
         match decide(kept.history, code, now):
             case Finished():
                 del self._kept[name]
                 return Event(child=name, kind="finished", exit_code=code)
             case GiveUp(reason):
                 del self._kept[name]
-                return Event(child=name, kind="gave_up", exit_code=code, reason=reason, tail=kept.child.tail())
+                return Event(child=name, kind="gave_up", exit_code=code, reason=reason, tail=tail)
             case Restart(after_s):
                 kept.due = now + after_s
-                return Event(child=name, kind="failed", exit_code=code, after_s=after_s, tail=kept.child.tail())
+                return Event(child=name, kind="failed", exit_code=code, after_s=after_s, tail=tail)

@@ -55,9 +55,11 @@ class Exchange:
 
     @torch.no_grad()
     def adopt(self, fragment: str, payload: bytes) -> dict[str, Lanes]:
-        """base := the fragment's fp32 parameters as sent; local := base. Raises PacketError as `apply` does."""
+        """base := the fragment's fp32 parameters as sent; local := base; residual := 0, for it may be part of a packet
+        that was merged meanwhile and must not count twice. Raises PacketError as `apply` does."""
         for where, value in self._cut(fragment, payload).items():
             self._base[where.name].copy_(value)
+        self._encoders[fragment].restore({})
         return self._reset(fragment, merged=False)
 
     def lanes(self, fragment: str) -> dict[str, Lanes]:

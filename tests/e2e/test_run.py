@@ -9,9 +9,14 @@ import re
 import signal
 
 import pytest
+import torch
 
+from nebula.cli.main import main
+from nebula.cli.rundir import RunDir
+from nebula.federation.restore import load_global
 from nebula.metrics.events import read
 from tests.e2e.processes import NebulaProcess, below, command_line, summary
+from tests.federated import one_process
 
 RANK = "multiprocessing.spawn"
 RAY_RANK = "ray::RankHost"
@@ -79,6 +84,13 @@ def test_no_secret_is_in_a_log(reference):
     assert [p.name for p in logs if key in p.read_text()] == []
 
 
+def test_a_completed_run_is_not_run_again(reference, capsys):
+    before = summary(reference["run_dir"])
+    assert main(["resume", str(reference["run_dir"])]) == 0
+    assert "completed" in capsys.readouterr().out
+    assert summary(reference["run_dir"]) == before
+
+
 def test_a_killed_rank_coordinator_and_agent_cost_nothing_but_time(start, job, tmp_path, reference):
     nebula = run(start, job, "--engine", "local")
     for moment, victim in (("round 1/6", RANK), ("round 2/6", "main coordinator"), ("round 4/6", "main agent south")):
@@ -131,6 +143,36 @@ def test_on_ray_rank_coordinator_and_cluster_may_all_be_killed(start, job, tmp_p
     told = finished(nebula, tmp_path)
     assert told["global_digest"] == reference["global_digest"]
     assert told["clusters"]["south"]["rejoins"] >= 1
+
+
+SAME = """
+from nebula.config import *
+from nebula.config import Codec
+
+def recipe() -> Run:
+    plain = Codec(steps=(), feedback=None)
+    return Run(
+        name="same", optimizer=SGD(lr=0.3), outer=OuterSGD(lr=1.0), wan=Wan(up=plain, down=plain), inner_steps=1,
+        rounds=3, batch=2, membership=Membership(quorum=2),
+        model=Model(vocab=320, layers=2, dim=32, heads=2, kv_heads=2, ffn_dim=32, experts=4, aux_loss=0.0),
+        data=Data(path={corpus!r}, partition="batch", seq_len=32, held_out=0.1, eval_windows=8),
+    )
+"""
+
+
+@pytest.mark.ray
+def test_on_ray_two_unequal_clusters_equal_one_process(start, job, tmp_path, cache):
+    _, clusters = job
+    recipe = tmp_path / "same.py"
+    recipe.write_text(SAME.replace("{corpus!r}", repr(str(clusters.parent / "corpus"))))
+    code, _ = start("run", recipe, "--clusters", clusters).finish()
+    assert code == 0
+    run = RunDir(tmp_path / "runs" / "same")
+    agreement = run.agreement()
+    expected = one_process(agreement, run.tokenizer(), cache / "nebula")
+    parameters, _ = load_global(run.journal, agreement)
+    for name, tensor in parameters.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
 
 
 def whole_cluster(nebula: NebulaProcess, cluster: str) -> list[int]:

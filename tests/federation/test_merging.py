@@ -64,6 +64,8 @@ def test_slices_must_tile_the_fragment_exactly():
         check_tiling(halves(whole, 2, "other"), shapes)
     with pytest.raises(PacketError, match="not finite"):
         check_tiling(halves(torch.full((6, 4), math.nan), 2), shapes)
+    with pytest.raises(PacketError, match="moved by more than"):
+        check_tiling(halves(torch.full((6, 4), -2e6), 2), shapes)
 
 
 def test_nesterov_is_torchs():

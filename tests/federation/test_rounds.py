@@ -10,14 +10,12 @@ import pytest
 import torch
 
 from nebula.config import SGD, Blockwise, Codec, Membership, OuterSGD, Wan, Zstd
-from nebula.data.open import open_data
 from nebula.errors import PreflightError, RankFailure, SessionError
 from nebula.federation.journal import Journal
 from nebula.federation.memory import MemoryStub
 from nebula.federation.merge import read_state
-from nebula.models.init import initial, parameter_shapes
-from nebula.models.transformer import Transformer
-from tests.federated import TINY, Federated, clusters, run_together, tiny, write_corpus
+from nebula.models.init import initial
+from tests.federated import TINY, Federated, clusters, one_process, run_together, tiny, write_corpus
 
 PLAIN = Codec(steps=(), feedback=None)
 FOUR_BIT = Codec(steps=(Blockwise(bits=4, block=64), Zstd()), feedback=1.0)
@@ -64,28 +62,6 @@ def data_parallel(corpus, **changes):
     )
 
 
-def one_process(federated: Federated) -> dict[str, torch.Tensor]:
-    """A plain torch loop over the full global batch."""
-    run = federated.agreement.run
-    torch.manual_seed(0)
-    model = Transformer(run.model)
-    with torch.no_grad():
-        for name, shape in parameter_shapes(run.model).items():
-            model.get_parameter(name).copy_(initial(name, shape, run.model, run.seed))
-    data = {
-        c: open_data(federated.agreement, c, federated.tokenizer, federated.cache) for c in federated.agreement.members
-    }
-    optimizer = torch.optim.SGD(model.parameters(), lr=run.optimizer.lr)
-    for step in range(run.rounds):
-        windows = torch.cat([data[c].batch(step, 0, 1) for c in sorted(data)])
-        logits, aux = model(windows[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()) + aux
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return {name: p.detach() for name, p in model.named_parameters()}
-
-
 @pytest.mark.parametrize(
     "layout",
     [{"north": 1, "south": 1}, pytest.param({"north": 2, "south": 1}, marks=pytest.mark.slow, id="unequal-layouts")],
@@ -93,7 +69,7 @@ def one_process(federated: Federated) -> dict[str, torch.Tensor]:
 def test_two_clusters_equal_one_process_on_the_full_batch(layout, corpus, cache, tmp_path):
     federated = Federated(data_parallel(corpus), clusters(**layout), tmp_path, cache)
     federated.finish()
-    expected = one_process(federated)
+    expected = one_process(federated.agreement, federated.tokenizer, cache)
     moved = {name: initial(name, tuple(t.shape), TINY, 0) for name, t in expected.items()}
     assert max(float((expected[n] - moved[n]).abs().max()) for n in expected) > 1e-2  # it did learn something
     for name, tensor in parameters(federated.hub).items():

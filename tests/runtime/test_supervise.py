@@ -128,6 +128,14 @@ def ended(pid: int) -> None:
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
+def test_last_words_are_read_before_anything_left_is_ended():
+    child = Straw("north", 1)
+    child.tail = lambda: "stopped" if "stop" in child.log else "no room"
+    supervisor = Supervisor(clock=lambda: 0.0)
+    supervisor.start(child)
+    assert [event.tail for event in supervisor.poll()] == ["no room"]
+
+
 def test_a_real_child_is_restarted_and_its_log_kept(tmp_path):
     mark = tmp_path / "second"
     code = (
@@ -173,10 +181,12 @@ def _state(pid: int) -> str:
         return stat.read().rpartition(")")[2].split()[0]
 
 
-def test_children_die_with_a_supervisor_that_is_killed(tmp_path):
+@pytest.mark.parametrize(("before", "orphaned"), [("", "SIGTERM"), ("trap '' TERM; ", "SIGKILL")])
+def test_children_die_with_a_supervisor_that_is_killed(tmp_path, before, orphaned):
+    shell = ["sh", "-c", f"{before}while :; do sleep 600; done"]
     code = (
-        "import sys; from pathlib import Path; from nebula.runtime.supervise import Child;"
-        f"c = Child('c', ['sleep', '600'], log=Path({str(tmp_path / 'log')!r})); c.start();"
+        "import signal, sys; from pathlib import Path; from nebula.runtime.supervise import Child;"
+        f"c = Child('c', {shell!r}, log=Path({str(tmp_path / 'log')!r}), orphaned=signal.{orphaned}); c.start();"
         "print(c.pid, flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -208,6 +208,15 @@ def test_feedback_moves_on_only_if_the_packet_was_merged(cluster: Any, merged: b
         assert any(bool(delta.any()) for delta in later.values()) is merged
 
 
+def test_what_was_left_out_of_a_merged_packet_does_not_outlive_the_adoption_of_a_state(cluster: Any) -> None:
+    with cluster(2) as of:
+        of.all("train", 0, 0, 3, 3)
+        payload = update_from(of.all("encode", "f0"))
+        of.all("apply", "f0", payload, True)
+        of.all("adopt", "f0", payload)  # any values will do
+        assert not any(bool(delta.any()) for delta in whole(of.all("encode", "f0")).values())
+
+
 def test_adopting_a_state_replaces_base_and_parameters(cluster: Any) -> None:
     torch.manual_seed(5)
     with cluster(1) as of:

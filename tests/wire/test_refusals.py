@@ -49,7 +49,7 @@ def test_a_coordinator_that_does_not_answer(why, wires):
         else:
             wires.server.stop(grace=None).wait()
         stack.callback(gateway.close)
-        with pytest.raises(UnreachableError, match="0.5 s") as caught:
+        with pytest.raises(UnreachableError, match=r"0\.5 s") as caught:
             gateway.join()
     assert caught.value.exit_code == 4
     assert caught.value.hint

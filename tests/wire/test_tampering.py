@@ -64,7 +64,7 @@ def small_frames(monkeypatch):
 
 
 def run_tampered(federated, method: str, direction: str, tamper: Tamper) -> tuple[dict, list[dict]]:
-    """A run in which the first call of one method of one cluster is tampered with. Its summary, and what was refused."""
+    """A run in which north's first call of one method is tampered with. Returns summary and what was refused."""
     whole: list[int] = []
 
     def meddle(frames):

@@ -22,7 +22,7 @@ from nebula.sim.wan import Relay, running
 from nebula.wan.transport import GrpcStub, Stub
 from tests.federated import Federated
 
-LINK = Link(rate_mbps=2000.0, rtt_ms=0.5)
+FAST = Link(rate_mbps=2000.0, rtt_ms=0.5)
 
 Pass: TypeAlias = Callable[[Iterator[Frame]], Iterator[Frame]]
 
@@ -77,11 +77,11 @@ class Wired:
 
 
 @contextmanager
-def wired(federated: Federated) -> Iterator[Wired]:
+def wired(federated: Federated, link: Link = FAST) -> Iterator[Wired]:
     """Coordinator, links and the coordinator's clock, for as long as the context lasts."""
     server, port = serve(federated.hub, Identity.load(federated.folder / "pki" / "coordinator"), "127.0.0.1", 0)
     done = threading.Event()
-    links = dict.fromkeys(federated.federation.clusters, (LINK, ("127.0.0.1", port)))
+    links = dict.fromkeys(federated.federation.clusters, (link, ("127.0.0.1", port)))
     with running(links) as relays:
         wires = Wired(federated, server, port, relays)
 
