@@ -7,7 +7,9 @@ import hashlib
 import os
 import random
 import re
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 
 from nebula.config import Codec, Membership
 from nebula.errors import AuthError, FrameError, NebulaError, PacketError, SessionError
+from nebula.federation import hub as hub_module
 from nebula.federation.memory import MemoryStub
 from nebula.federation.service import Service
 from nebula.proto.v1 import run_pb2 as pb
@@ -232,6 +235,7 @@ def test_bytes_that_are_no_packet(attacker):
     [
         {"weight": -1.0},
         {"weight": 0.0},
+        {"weight": 1e-30},
         {"weight": float("nan")},
         {"weight": float("inf")},
         {"round": 1, "base": 1},
@@ -393,6 +397,22 @@ def test_a_pull_of_a_version_that_will_never_be(attacker):
     assert attacker.pull(version=2**64 - 1).status == pb.PullHead.STATUS_ENDED
 
 
+def test_closing_sends_away_whoever_waits(honest, monkeypatch):
+    monkeypatch.setattr(hub_module, "LONG_POLL", 1e6)
+    waiting, wait = threading.Event(), honest.hub._changed.wait
+
+    def spy(timeout):
+        waiting.set()
+        return wait(timeout)
+
+    honest.hub._changed.wait = spy
+    with ThreadPoolExecutor(1) as pool:
+        pulling = pool.submit(honest.pull, version=1)
+        assert waiting.wait(30)
+        honest.hub.close()
+        refused(NebulaError, lambda: pulling.result(timeout=20))
+
+
 # --- sessions -----------------------------------------------------------------------------------------------------
 
 
@@ -406,6 +426,7 @@ def test_an_old_offer_played_again_does_not_end_the_session_in_use(honest):
 
 
 def test_the_first_frame_of_a_new_session_ends_the_old_one(honest):
+    assert honest.pull(kind=pb.PullRequest.KIND_STATE).status == pb.PullHead.STATUS_READY
     late = list(honest.frames(encoded(honest.delta())))
     before, honest.session = honest.session, honest.join()
     assert honest.pull(kind=pb.PullRequest.KIND_STATE).status == pb.PullHead.STATUS_READY
