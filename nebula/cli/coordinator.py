@@ -28,7 +28,8 @@ def command(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7443,
 ) -> None:
-    """Run the coordinator of one run. Ctrl-C or SIGTERM: stop after the round that is under way; again: at once."""
+    """Run the coordinator of one run. Ctrl-C stops the run after the round that is under way, again: at once. SIGTERM
+    ends only this process; agents wait `max_stall` for the next one."""
     from nebula.federation.hub import Hub
     from nebula.federation.service import serve
     from nebula.metrics.events import EventLog
@@ -69,13 +70,12 @@ def command(
 
 
 def _until_ended(hub: Hub, asked: queue.SimpleQueue[int]) -> str:
-    """Asked once, the run stops after the round that is under way; asked again, at once."""
+    """SIGINT stops the run after the round that is under way; a second one, or SIGTERM, this process at once."""
     stopping = False
     while (state := hub.ended()) is None:
         hub.tick()
         with contextlib.suppress(queue.Empty):
-            asked.get(timeout=TICK_SECONDS)
-            if stopping:
+            if asked.get(timeout=TICK_SECONDS) == signal.SIGTERM or stopping:
                 return "stopped"
             stopping = True
             hub.stop("asked to")

@@ -105,6 +105,8 @@ def render_line(view: View, source: str, event: Event) -> str | None:
         case "eval":
             unigram = units.loss(view.history.started.get("unigram_entropy"))
             return f"held-out loss {units.loss(event['loss'])} after {event['round']} rounds (unigram {unigram})"
+        case "late":
+            return f"{event['cluster']} was too late for round {event['round'] + 1} of {event['fragment']}"
         case "rejected":
             return f"{event['cluster']}: message rejected: {_clean(event['reason'])}"
         case "alarm":

@@ -146,46 +146,50 @@ class Launch:
 
     def _watch(self, supervisor: Supervisor, interrupts: Interrupts) -> NebulaError | None:
         """Keep everything alive until the coordinator has ended, or the run cannot go on. Returns why, if it cannot."""
-        asked = False
+        asked, lost = False, 0
         while True:
             for event in supervisor.poll():
                 if event.kind in ("failed", "gave_up"):
                     why = last_words(event.tail)
                     self._display.note(f"{event.child} ended with exit code {event.exit_code}: {why}")
-                if event.child == COORDINATOR and (event.kind in ("finished", "gave_up") or interrupts.count):
+                over = event.kind in ("finished", "gave_up") or (event.kind == "failed" and interrupts.count > 0)
+                if event.child == COORDINATOR and over:
                     self._await_agents(supervisor)
                     return self._failure(event) if event.kind == "gave_up" else None
-                if event.kind == "gave_up" and self._too_few(supervisor):
+                lost += event.kind == "gave_up"
+                if event.kind == "gave_up" and self._too_few(lost):
                     self._end_now()
                     return self._failure(event)
             if interrupts.count > 1:
                 self._end_now()
                 return None
             if interrupts.count and not asked:
-                asked = self._coordinator.terminate()
+                asked = self._coordinator.signal(signal.SIGINT)
             self._feed()
             self._display.tick()
             time.sleep(POLL_SECONDS)
 
-    def _too_few(self, supervisor: Supervisor) -> bool:
-        alive = sum(name in supervisor.alive for name in self._federation.clusters)
-        return alive < self._agreement.run.membership.quorum
+    def _too_few(self, lost: int) -> bool:
+        return len(self._federation.clusters) - lost < self._agreement.run.membership.quorum
 
     def _end_now(self) -> None:
-        """Have the coordinator leave a summary without waiting for anyone: asked again, it stops at once."""
+        """Have the coordinator leave a summary without waiting for anyone."""
         until = time.monotonic() + COORDINATOR_ENDS_SECONDS
+        self._coordinator.signal(signal.SIGTERM)
         while self._coordinator.running and time.monotonic() < until:
-            self._coordinator.terminate()
             time.sleep(POLL_SECONDS)
         self._feed()
 
     def _await_agents(self, supervisor: Supervisor) -> None:
+        """Agents that take part may have a checkpoint to write; those that have not joined yet have nothing to lose."""
         until = time.monotonic() + AGENT_ENDS_SECONDS
-        while supervisor.alive and time.monotonic() < until:
+        while time.monotonic() < until:
             supervisor.poll()
             self._feed()
+            phases = {name: view.phase for name, view in self._display.view.clusters.items()}
+            if not any(phases.get(name, "starting") not in ("starting", "joining") for name in supervisor.alive):
+                break
             time.sleep(POLL_SECONDS)
-        self._feed()
 
     def _failure(self, event: Event) -> NebulaError:
         """A child's end as an error of our own, with its exit code."""

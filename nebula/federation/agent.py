@@ -33,6 +33,9 @@ Emit = Callable[..., None]
 PROGRESS_SECONDS = 1.0
 """How often training comes up for air to report progress."""
 
+MOST_REPAIRS = 3
+"""Times in a row that a cluster is sent the state because its digest is wrong, before the agent gives up."""
+
 MOST_REBUILDS = 5
 """Rank failures in a row, without a finished round in between, before the agent gives up."""
 
@@ -55,7 +58,7 @@ class Agent:
     def run(self) -> Literal["done", "stop"]:
         """Take part until the run is done or stopped. Raises what cannot be survived here."""
         report: RoundReport | None = None
-        failures, built = 0, False
+        failures, diverged, built = 0, 0, False
         while True:
             try:
                 if not built:
@@ -68,7 +71,8 @@ class Agent:
                         report = self._round(plan)
                         failures = 0
                     case "catch_up":
-                        self._catch_up(plan)
+                        diverged = diverged + 1 if plan.reason == "diverged" else 0
+                        self._catch_up(plan, diverged)
                     case "wait":
                         time.sleep(PROGRESS_SECONDS)
                     case "done" | "stop":
@@ -189,7 +193,13 @@ class Agent:
         pulled, payload = self.transport.pull("state", fragment, version)
         self._push(fragment, "state", pulled, payload, False)
 
-    def _catch_up(self, plan: RoundPlan) -> None:
+    def _catch_up(self, plan: RoundPlan, diverged: int) -> None:
+        if diverged > MOST_REPAIRS:
+            raise NebulaError(
+                f"cluster {self.cluster} was sent the state of {', '.join(sorted(plan.fragments))} "
+                f"{MOST_REPAIRS} times and its digest is still wrong",
+                hint="a device or its memory computes wrongly, or this Nebula is another version; keep the cluster out",
+            )
         self.emit("phase", phase="catching up", round=plan.round)
         for fragment, version in plan.fragments.items():
             self._adopt(fragment, version)

@@ -205,6 +205,8 @@ class Hub:
                 verdict = self._verdict(cluster, head)  # a deadline may have passed while the delta was checked
                 if verdict == "accept":
                     self._accept(cluster, head, blob, min(head.weight, most))
+        if verdict == "late":
+            self._tell("late", cluster=cluster, round=head.round, fragment=head.fragment)
         return {
             "accept": pb.Receipt.STATUS_ACCEPTED,
             "duplicate": pb.Receipt.STATUS_DUPLICATE,

@@ -75,6 +75,7 @@ class Gateway:
         self._monitor = LinkMonitor()
         host, _, port = address.rpartition(":")
         self._meter = WireMeter(host, int(port))
+        self._heard = 0.0
         self._payload_up = self._payload_down = self._retries = 0
 
     def join(self) -> tuple[bytes, bytes]:
@@ -107,7 +108,7 @@ class Gateway:
 
         def deliver(session: Session) -> Literal["accepted", "duplicate", "late"]:
             start = time.monotonic()
-            frames = self._stub.push(_pushed(session, head, payload), timeout=self._max_stall)
+            frames = self._stub.push(self._noted(_pushed(session, head, payload)), timeout=self._max_stall)
             receipt = receive(session.receive, frames, pb.Receipt, b"receipt")
             self._monitor.observe_transfer("up", len(payload), time.monotonic() - start)
             return _VERDICTS[receipt.status]
@@ -135,7 +136,7 @@ class Gateway:
         self._stub.close()
 
     def _fetch(self, session: Session, request: pb.PullRequest) -> tuple[pb.PullHead, bytes]:
-        frames = self._stub.pull(send(session.send, request, b"pull"), timeout=self._max_stall)
+        frames = self._noted(self._stub.pull(send(session.send, request, b"pull"), timeout=self._max_stall))
         head = receive(session.receive, frames, pb.PullHead, b"pull-answer")
         if head.status != pb.PullHead.STATUS_READY:
             return head, b""
@@ -145,6 +146,12 @@ class Gateway:
         if hashlib.sha256(payload).digest() != head.sha256:
             raise FrameError("hash", f"fragment {request.fragment} does not match the digest its head states")
         return head, payload
+
+    def _noted(self, frames: Iterator[Frame]) -> Iterator[Frame]:
+        """As frames pass, the link is alive, however long the call takes."""
+        for frame in frames:
+            yield frame
+            self._heard = time.monotonic()
 
     def _measured(self, report: RoundReport) -> RoundReport:
         wire = self._meter.sample()
@@ -197,6 +204,8 @@ class Gateway:
             except PASSING as error:
                 self._retries += 1
                 self._raise_if_final(error)
+                if self._heard > since:  # a long transfer that broke was no silence
+                    since, pause = self._heard, FIRST_PAUSE
                 if time.monotonic() - since + pause > self._max_stall:
                     raise UnreachableError(
                         f"the coordinator at {self._address} did not answer for {self._max_stall:g} s: {_said(error)}",

@@ -124,12 +124,11 @@ class Child:
             return ""
         return "\n".join(self._log.read_text("utf-8", errors="replace").splitlines()[-lines:])
 
-    def terminate(self) -> bool:
-        """Ask it to end. False if it does not run."""
-        if not self.running:
+    def signal(self, number: signal.Signals) -> bool:
+        """Send it a signal. False if it does not run."""
+        if self._process is None or self._process.poll() is not None:
             return False
-        assert self._process is not None
-        self._process.terminate()
+        self._process.send_signal(number)
         return True
 
     def stop(self, grace: float = 10.0) -> None:

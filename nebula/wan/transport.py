@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import socket
 import ssl
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -48,7 +50,8 @@ CHANNEL_OPTIONS = (
 
 
 class Stub(Protocol):
-    """What the coordinator offers, as an agent calls it. `timeout` in seconds. Failures are grpc.RpcError."""
+    """What the coordinator offers, as an agent calls it. `timeout`: seconds without any movement after which a call
+    fails; a payload that moves may take as long as it takes. Failures are grpc.RpcError."""
 
     def join(self, request: JoinRequest, timeout: float) -> JoinResponse: ...
     def plan(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]: ...
@@ -67,14 +70,55 @@ class GrpcStub:
         self._channel = grpc.secure_channel(
             address, credentials, options=(*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", TLS_NAME))
         )
-        stub = FederationStub(self._channel)  # type: ignore[no-untyped-call, unused-ignore]
-        self.join = stub.Join
-        self.plan = stub.Plan
-        self.push = stub.Push
-        self.pull = stub.Pull
+        self._calls = FederationStub(self._channel)  # type: ignore[no-untyped-call, unused-ignore]
+
+    def join(self, request: JoinRequest, timeout: float) -> JoinResponse:
+        return self._calls.Join(request, timeout=timeout)
+
+    def plan(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
+        return _watched(self._calls.Plan, frames, timeout)
+
+    def push(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
+        return _watched(self._calls.Push, frames, timeout)
+
+    def pull(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
+        return _watched(self._calls.Pull, frames, timeout)
 
     def close(self) -> None:
         self._channel.close()
+
+
+class Movement:
+    """Notes when frames pass, and cancels a call on which none has for `patience` seconds."""
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._last = time.monotonic()
+        self._over = threading.Event()
+
+    def noted(self, frames: Iterable[Frame]) -> Iterator[Frame]:
+        for frame in frames:
+            self._last = time.monotonic()
+            yield frame
+
+    def watch(self, call: grpc.Call) -> None:
+        while not self._over.wait(max(self._last + self._patience - time.monotonic(), 0.0)):
+            if time.monotonic() - self._last >= self._patience:
+                call.cancel()
+                return
+
+    def stop(self) -> None:
+        self._over.set()
+
+
+def _watched(method: Any, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
+    movement = Movement(timeout)
+    answer = method(movement.noted(frames))
+    threading.Thread(target=movement.watch, args=(answer,), name="movement", daemon=True).start()
+    try:
+        yield from movement.noted(answer)
+    finally:
+        movement.stop()
 
 
 def tls_refusal(address: str, identity: Path, timeout: float) -> str | None:

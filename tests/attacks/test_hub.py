@@ -448,7 +448,8 @@ def test_a_frame_that_only_claims_the_new_epoch_ends_nothing(honest):
 @pytest.mark.usefixtures("unharmed")
 def test_a_cluster_that_is_no_member(attacker):
     attacker.offered.cluster = "stranger"
-    refused(AuthError, lambda: attacker.stub.join(pb.JoinRequest(offer=attacker.offered), timeout=1.0))
+    with pytest.raises(AuthError, match="'stranger' is not part of this run"):
+        attacker.stub.join(pb.JoinRequest(offer=attacker.offered), timeout=1.0)
 
 
 @pytest.mark.usefixtures("unharmed")

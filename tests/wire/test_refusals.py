@@ -18,6 +18,7 @@ from nebula.proto.v1.run_pb2 import JoinRequest
 from nebula.runtime.gateway import Gateway
 from nebula.security.pki import AUTHORITY, throwaway
 from nebula.security.session import offer
+from nebula.types import ROLE, PushTicket
 from nebula.wan.transport import CHANNEL_OPTIONS, TLS_NAME
 from tests.wire.wired import Wired, wired
 
@@ -53,6 +54,23 @@ def test_a_coordinator_that_does_not_answer(why, wires):
             gateway.join()
     assert caught.value.exit_code == 4
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("call", ["plan", "push", "pull"])
+def test_a_coordinator_that_falls_silent(call, wires):
+    """A frame that leaves this process and goes nowhere is no sign of life."""
+    gateway = wires.gateway("north", max_stall=0.5)
+    gateway.join()
+    wires.server.stop(grace=None).wait()
+    ticket = PushTicket(role=ROLE, fragment="f0", round=0, base=0, weight=1.0)
+    calls = {
+        "plan": lambda: gateway.plan({}, None, 0),
+        "push": lambda: gateway.push(ticket, [b"x" * 3_000_000]),
+        "pull": lambda: gateway.pull("update", "f0", 1),
+    }
+    with pytest.raises(UnreachableError):
+        calls[call]()
+    gateway.close()
 
 
 # --- the wrong ones -----------------------------------------------------------------------------------------------
