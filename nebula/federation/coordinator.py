@@ -13,117 +13,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import Literal
 
+from nebula.federation.events import (
+    Alarm,
+    Arrived,
+    Committed,
+    Effect,
+    Event,
+    Joined,
+    Merge,
+    Planned,
+    QuorumLost,
+    Reported,
+    RoundClosed,
+    Stopping,
+    Tick,
+)
 from nebula.federation.membership import deadline
 from nebula.types import Held, RoundPlan, RoundReport
-
-# --- events -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Joined:
-    """A cluster opened a session; from its first frame on, those of its older epochs are refused."""
-
-    cluster: str
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrived:
-    """A delta passed every check and lies on disk. `blob`: its hash; `parts`: the sizes of its packets."""
-
-    cluster: str
-    fragment: str
-    round: int
-    weight: float
-    blob: str
-    parts: tuple[int, ...]
-    seconds: float | None
-    """Since the round opened; None if that was not witnessed (the coordinator restarted in between)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Committed:
-    """Version `version` of a fragment is on disk. `contributors` in merge order. Version 0 has none."""
-
-    fragment: str
-    version: int
-    digest: str
-    contributors: tuple[str, ...] = ()
-    blobs: Mapping[str, str] = field(default_factory=dict)
-    norm: float = 0.0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
-    """A cluster asked for its next round, stating what it holds. Not journaled: it can ask again."""
-
-    cluster: str
-    held: Mapping[str, Held]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reported:
-    """What a cluster says of its last round."""
-
-    cluster: str
-    report: RoundReport
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stopping:
-    """Finish the round that is under way, then stop. Not journaled: a resumed run goes on."""
-
-    reason: str
-
-
-Event: TypeAlias = Joined | Arrived | Committed | Planned | Reported | Tick | Stopping
-
-# --- effects ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Merge:
-    """Average these deltas in this order, step the outer optimizer, answer with Committed."""
-
-    fragment: str
-    version: int
-    arrivals: tuple[Arrived, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RoundClosed:
-    """Every fragment of `round` is committed and its contributors have reported (or will not)."""
-
-    round: int
-    reports: Mapping[str, RoundReport]
-
-
-@dataclass(frozen=True, slots=True)
-class Alarm:
-    """Something that must not happen did."""
-
-    kind: Literal["digest_mismatch", "ahead_of_coordinator"]
-    cluster: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class QuorumLost:
-    """`max_stall` has passed with too few deltas; the run pauses."""
-
-    round: int
-    arrived: tuple[str, ...]
-
-
-Effect: TypeAlias = Merge | RoundClosed | Alarm | QuorumLost
 
 # --- state --------------------------------------------------------------------------------------------------------
 

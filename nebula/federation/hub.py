@@ -22,7 +22,22 @@ from nebula.config import Agreement
 from nebula.errors import AuthError, FrameError, NebulaError, PacketError, PreflightError, QuorumError
 from nebula.federation import coordinator as machine
 from nebula.federation import narrate
-from nebula.federation.coordinator import Arrived, Committed, Event, Joined, Planned, Reported, State, Stopping, Tick
+from nebula.federation.coordinator import Fragment, Rules, State
+from nebula.federation.events import (
+    Alarm,
+    Arrived,
+    Committed,
+    Effect,
+    Event,
+    Joined,
+    Merge,
+    Planned,
+    QuorumLost,
+    Reported,
+    RoundClosed,
+    Stopping,
+    Tick,
+)
 from nebula.federation.journal import JOURNALED, Journal
 from nebula.federation.merge import Merger, largest_payload, read_delta
 from nebula.federation.sessions import Sessions, check_peer
@@ -72,7 +87,7 @@ class Hub:
         self._failure: NebulaError | None = None
         params = sum(prod(shape) for shapes in self._merger.shapes.values() for shape in shapes.values())
         self.tally = Tally(params)
-        self._merges: queue.SimpleQueue[machine.Merge | None] = queue.SimpleQueue()
+        self._merges: queue.SimpleQueue[Merge | None] = queue.SimpleQueue()
         self._state = self._recover(machine.initial(rules_of(agreement, tuple(self._merger.shapes))))
         self._thread = threading.Thread(target=self._merge_all, name="merge", daemon=True)
         self._thread.start()
@@ -273,27 +288,27 @@ class Hub:
                 self._guard(partial(self._perform, effect))
             self._changed.notify_all()
 
-    def _count(self, event: Event, effects: tuple[machine.Effect, ...]) -> None:
+    def _count(self, event: Event, effects: tuple[Effect, ...]) -> None:
         if isinstance(event, Joined):
             self.tally.of(event.cluster).joined()
         if isinstance(event, Reported):
             self.tally.of(event.cluster).reported(event.report)
         for effect in effects:
-            if isinstance(effect, machine.RoundClosed):
+            if isinstance(effect, RoundClosed):
                 self.tally.round_closed(effect.reports)
 
-    def _perform(self, effect: machine.Effect) -> None:
+    def _perform(self, effect: Effect) -> None:
         match effect:
-            case machine.Merge():
+            case Merge():
                 self._merges.put(effect)
-            case machine.RoundClosed():
+            case RoundClosed():
                 for kind, fields in narrate.round_closed(
                     effect.round, effect.reports, self.tally, self.global_digest()
                 ):
                     self._tell(kind, **fields)
-            case machine.Alarm():
+            case Alarm():
                 self._tell("alarm", kind=effect.kind, cluster=effect.cluster, detail=effect.detail)
-            case machine.QuorumLost():
+            case QuorumLost():
                 membership = self.agreement.run.membership
                 self._failure = self._failure or QuorumError(
                     f"round {effect.round} has deltas of {len(effect.arrived)} clusters "
@@ -309,7 +324,7 @@ class Hub:
             except NebulaError:
                 return  # it is the failure that the next tick raises
 
-    def _merge(self, effect: machine.Merge) -> None:
+    def _merge(self, effect: Merge) -> None:
         committed = self._merger.merge(effect)
         self._apply(committed)
         update_bytes = self._ledger.size(committed.blobs["update"])
@@ -334,9 +349,9 @@ class Hub:
 _BLOBS = {pb.PullRequest.KIND_UPDATE: "update", pb.PullRequest.KIND_STATE: "params"}
 
 
-def rules_of(agreement: Agreement, fragments: tuple[str, ...]) -> machine.Rules:
+def rules_of(agreement: Agreement, fragments: tuple[str, ...]) -> Rules:
     run = agreement.run
-    return machine.Rules(
+    return Rules(
         members=tuple(sorted(agreement.members)),
         fragments=fragments,
         rounds=run.rounds,
@@ -348,7 +363,7 @@ def rules_of(agreement: Agreement, fragments: tuple[str, ...]) -> machine.Rules:
 
 
 def _status(
-    state: State, fragment: machine.Fragment, request: pb.PullRequest
+    state: State, fragment: Fragment, request: pb.PullRequest
 ) -> tuple[pb.PullHead.Status.ValueType, Committed | None]:
     if request.kind == pb.PullRequest.KIND_STATE:
         return pb.PullHead.STATUS_READY, fragment.commit

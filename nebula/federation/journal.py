@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nebula.errors import JournalError
-from nebula.federation.coordinator import Arrived, Committed, Event, Joined, Reported
+from nebula.federation.events import Arrived, Committed, Event, Joined, Reported
 from nebula.types import Evaluation, RoundReport
 
 SCHEMA = 1

@@ -16,7 +16,7 @@ from nebula.checkpoint.ledger import Ledger
 from nebula.config import Agreement
 from nebula.errors import JournalError, PacketError
 from nebula.federation.aggregate import Shapes, WeightedMean, check_tiling
-from nebula.federation.coordinator import Arrived, Committed, Merge
+from nebula.federation.events import Arrived, Committed, Merge
 from nebula.federation.outer import outer_step
 from nebula.models.fragments import fragments
 from nebula.models.init import initial, parameter_shapes

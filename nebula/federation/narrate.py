@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from nebula.federation.coordinator import Committed
+from nebula.federation.events import Committed
 from nebula.federation.tally import Tally
 from nebula.types import Json, RoundReport
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from nebula.checkpoint.ledger import Ledger
 from nebula.config import Agreement
 from nebula.errors import UsageError
-from nebula.federation.coordinator import Committed
+from nebula.federation.events import Committed
 from nebula.federation.journal import Journal
 from nebula.federation.merge import check_digest, read_state
 from nebula.types import Json

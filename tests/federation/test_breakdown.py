@@ -9,7 +9,7 @@ import pytest
 
 from nebula.config import Membership
 from nebula.errors import PreflightError
-from nebula.federation.coordinator import Arrived, Committed
+from nebula.federation.events import Arrived, Committed
 from nebula.federation.hub import Hub
 from nebula.federation.journal import Journal
 from nebula.proto.v1 import run_pb2 as pb

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nebula.federation import coordinator as machine
-from nebula.federation.coordinator import (
+from nebula.federation.coordinator import Rules, State
+from nebula.federation.events import (
     Alarm,
     Arrived,
     Committed,
@@ -17,8 +18,6 @@ from nebula.federation.coordinator import (
     QuorumLost,
     Reported,
     RoundClosed,
-    Rules,
-    State,
     Stopping,
     Tick,
 )

@@ -13,7 +13,7 @@ from nebula.checkpoint.ledger import Ledger
 from nebula.config import Nesterov, OuterSGD
 from nebula.errors import JournalError, PacketError, QuorumError
 from nebula.federation.aggregate import WeightedMean, check_tiling
-from nebula.federation.coordinator import Arrived, Committed, Joined, Reported
+from nebula.federation.events import Arrived, Committed, Joined, Reported
 from nebula.federation.journal import Journal
 from nebula.federation.membership import deadline, latest_arrival
 from nebula.federation.outer import outer_step

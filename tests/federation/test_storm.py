@@ -16,7 +16,8 @@ from random import Random
 import pytest
 
 from nebula.federation import coordinator as machine
-from nebula.federation.coordinator import (
+from nebula.federation.coordinator import Rules
+from nebula.federation.events import (
     Alarm,
     Arrived,
     Committed,
@@ -26,7 +27,6 @@ from nebula.federation.coordinator import (
     QuorumLost,
     Reported,
     RoundClosed,
-    Rules,
     Stopping,
     Tick,
 )
