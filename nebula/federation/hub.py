@@ -1,65 +1,42 @@
-"""The shell around the state machine: sessions, journal, blobs, merges, and answers to agents.
-
-Order of every change: check → blob on disk → event in the journal → state → effects → answer. One lock guards state and
-journal; merges run on one thread of their own, so pushes and pulls go on meanwhile.
-"""
+"""What agents ask of the coordinator, and its answers: sessions, checks on what comes in, long polls."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from math import isfinite, prod
+from math import isfinite
 from pathlib import Path
-from typing import Literal, TypeVar
 
-from nebula.checkpoint.ledger import Ledger
 from nebula.config import Agreement
-from nebula.errors import AuthError, FrameError, NebulaError, PacketError, PreflightError, QuorumError
+from nebula.errors import AuthError, FrameError, PacketError
 from nebula.federation import coordinator as machine
-from nebula.federation import narrate
-from nebula.federation.coordinator import Fragment, Rules, State
+from nebula.federation.coordinator import Fragment, State
 from nebula.federation.events import (
-    Alarm,
     Arrived,
     Committed,
-    Effect,
-    Event,
     Joined,
-    Merge,
     Planned,
-    QuorumLost,
     Reported,
-    RoundClosed,
-    Stopping,
-    Tick,
 )
-from nebula.federation.journal import JOURNALED, Journal
-from nebula.federation.merge import Merger, largest_payload, read_delta
+from nebula.federation.merge import largest_payload, read_delta
 from nebula.federation.sessions import Sessions, check_peer
-from nebula.federation.tally import Tally
+from nebula.federation.shell import Shell
 from nebula.metrics.events import EventLog
 from nebula.proto.v1 import run_pb2 as pb
 from nebula.proto.v1.packet_pb2 import Frame
 from nebula.security.pki import Identity
 from nebula.security.session import answer
 from nebula.types import ROLE, RoundReport
-from nebula.wan.digest import global_digest
 from nebula.wan.messages import held_of, plan_response, report_of
 from nebula.wan.transport import payload_context, send
-
-T = TypeVar("T")
 
 LONG_POLL = 10.0
 """The most seconds a pull waits at the coordinator before the agent asks again; well under any proxy's idle limit, and
 never so long that the agent takes it for silence."""
 
 
-class Hub:
+class Hub(Shell):
     """One run's coordinator. `folder` keeps journal and blobs; `tokenizer` is handed to whoever joins.
 
     `peer` arguments are the cluster named by the client certificate, None where no TLS is in between."""
@@ -73,67 +50,10 @@ class Hub:
         events: EventLog,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.agreement = agreement
-        self._digest = agreement.digest()
+        super().__init__(agreement, folder, events, clock)
         self._tokenizer = tokenizer
         self._identity = identity
-        self._events = events
-        self._clock = clock
-        self._changed = threading.Condition()
         self._sessions = Sessions()
-        self._ledger = Ledger(folder / "blobs")
-        self._merger = Merger(agreement, self._ledger)
-        self._journal = Journal(folder / "journal.sqlite", agreement=self._digest)
-        self._failure: NebulaError | None = None
-        params = sum(prod(shape) for shapes in self._merger.shapes.values() for shape in shapes.values())
-        self.tally = Tally(params)
-        self._merges: queue.SimpleQueue[Merge | None] = queue.SimpleQueue()
-        self._state = self._recover(machine.initial(rules_of(agreement, tuple(self._merger.shapes))))
-        self._thread = threading.Thread(target=self._merge_all, name="merge", daemon=True)
-        self._thread.start()
-        self._apply(Tick())
-
-    # --- life -----------------------------------------------------------------------------------------------------
-
-    def _recover(self, state: State) -> State:
-        for event in self._journal.replay():
-            state, effects = machine.step(state, event, self._clock())
-            self._count(event, effects)
-        if any(f.commit is None for f in state.fragments.values()):
-            for event in self._merger.found():
-                if state.fragments[event.fragment].commit is None:  # else a crash came in between
-                    self._journal.append(event)
-                    state, _ = machine.step(state, event, self._clock())
-        else:
-            self._merger.restore({name: f.commit for name, f in state.fragments.items() if f.commit})
-        self._ledger.keep(_live_blobs(state))
-        return machine.restarted(state, self._clock())
-
-    @property
-    def state(self) -> State:
-        return self._state
-
-    def global_digest(self) -> str:
-        return global_digest({name: f.digest for name, f in self._state.fragments.items()})
-
-    def tick(self) -> None:
-        """Let time pass: deadlines are checked here. Raises what ended the run, if something did."""
-        self._apply(Tick())
-
-    def stop(self, reason: str) -> None:
-        self._tell("stopping", reason=reason)
-        self._apply(Stopping(reason))
-
-    def ended(self) -> Literal["completed", "stopped"] | None:
-        return machine.ended(self._state, self._clock())
-
-    def close(self) -> None:
-        self._merges.put(None)
-        self._thread.join()
-        with self._changed:
-            self._failure = self._failure or NebulaError("this coordinator was closed")
-            self._changed.notify_all()  # nobody waits for what will not come
-            self._journal.close()
 
     # --- what agents ask ------------------------------------------------------------------------------------------
 
@@ -146,7 +66,7 @@ class Hub:
             )
         with self._changed:
             epoch = self._state.epochs.get(cluster, 0) + 1
-            reply, session = answer(self._identity, request.offer, epoch=epoch, agreement=self._digest)
+            reply, session = answer(self._identity, request.offer, epoch=epoch, agreement=self.agreement.digest())
             self._apply(Joined(cluster=cluster, epoch=epoch))
             self._sessions.answered(session)
         self._tell("joined", cluster=cluster, epoch=epoch)
@@ -184,12 +104,6 @@ class Hub:
         yield from send(session.send, head, b"pull-answer")
         if head.status == pb.PullHead.STATUS_READY:
             yield from session.send.seal(payload, context=payload_context(head))
-
-    def rejected(self, cluster: str, reason: str) -> None:
-        """Count a frame or delta that was refused."""
-        with self._changed:
-            self.tally.rejected[reason] = self.tally.rejected.get(reason, 0) + 1
-        self._tell("rejected", cluster=cluster, reason=reason)
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
@@ -276,90 +190,8 @@ class Hub:
         head.sha256 = hashlib.sha256(payload).digest()
         return head, payload
 
-    def _apply(self, event: Event) -> None:
-        with self._changed:
-            if self._failure is not None:
-                raise self._failure
-            if isinstance(event, JOURNALED):
-                self._guard(lambda: self._journal.append(event))
-            self._state, effects = machine.step(self._state, event, self._clock())
-            self._count(event, effects)
-            for effect in effects:
-                self._guard(partial(self._perform, effect))
-            self._changed.notify_all()
-
-    def _count(self, event: Event, effects: tuple[Effect, ...]) -> None:
-        if isinstance(event, Joined):
-            self.tally.of(event.cluster).joined()
-        if isinstance(event, Reported):
-            self.tally.of(event.cluster).reported(event.report)
-        for effect in effects:
-            if isinstance(effect, RoundClosed):
-                self.tally.round_closed(effect.reports)
-
-    def _perform(self, effect: Effect) -> None:
-        match effect:
-            case Merge():
-                self._merges.put(effect)
-            case RoundClosed():
-                for kind, fields in narrate.round_closed(
-                    effect.round, effect.reports, self.tally, self.global_digest()
-                ):
-                    self._tell(kind, **fields)
-            case Alarm():
-                self._tell("alarm", kind=effect.kind, cluster=effect.cluster, detail=effect.detail)
-            case QuorumLost():
-                membership = self.agreement.run.membership
-                self._failure = self._failure or QuorumError(
-                    f"round {effect.round} has deltas of {len(effect.arrived)} clusters "
-                    f"({', '.join(effect.arrived)}), its quorum is {membership.quorum}, and max_stall "
-                    f"({membership.max_stall:g} s) has passed",
-                    hint="bring the missing clusters back, then `nebula resume` goes on from the last commit",
-                )
-
-    def _merge_all(self) -> None:
-        while (effect := self._merges.get()) is not None:
-            try:
-                self._guard(partial(self._merge, effect))
-            except NebulaError:
-                return  # it is the failure that the next tick raises
-
-    def _merge(self, effect: Merge) -> None:
-        committed = self._merger.merge(effect)
-        self._apply(committed)
-        update_bytes = self._ledger.size(committed.blobs["update"])
-        self._tell("commit", **narrate.committed(committed, update_bytes))
-        with self._changed:
-            self._ledger.keep(_live_blobs(self._state))
-
-    def _tell(self, event: str, /, **fields: object) -> None:
-        self._guard(lambda: self._events.emit(event, **fields))
-
-    def _guard(self, act: Callable[[], T]) -> T:
-        """Anything that fails while writing ends this coordinator: nothing may be acknowledged on top of it."""
-        try:
-            return act()
-        except Exception as error:
-            with self._changed:
-                self._failure = self._failure or _fatal(error)
-                self._changed.notify_all()
-            raise self._failure from error
-
 
 _BLOBS = {pb.PullRequest.KIND_UPDATE: "update", pb.PullRequest.KIND_STATE: "params"}
-
-
-def rules_of(agreement: Agreement, fragments: tuple[str, ...]) -> Rules:
-    run = agreement.run
-    return Rules(
-        members=tuple(sorted(agreement.members)),
-        fragments=fragments,
-        rounds=run.rounds,
-        inner_steps=run.inner_steps,
-        evaluate_every=run.evaluate_every,
-        quorum=run.membership.quorum,
-        max_stall=run.membership.max_stall,
-    )
 
 
 def _status(
@@ -374,23 +206,3 @@ def _status(
         return pb.PullHead.STATUS_GONE, None
     ends = state.stop_at if state.stop_at is not None else state.rules.rounds
     return (pb.PullHead.STATUS_ENDED if request.version > ends else pb.PullHead.STATUS_PENDING), None
-
-
-def _live_blobs(state: State) -> set[str]:
-    """What the journal's newest two commits and the deltas of the current round refer to."""
-    commits = [c for f in state.fragments.values() for c in (f.commit, f.previous) if c is not None]
-    deltas = {a.blob for f in state.fragments.values() for a in f.arrived.values()}
-    return deltas.union(*(commit.blobs.values() for commit in commits))
-
-
-def _fatal(error: Exception) -> NebulaError:
-    """What a failed write means for whoever runs the coordinator."""
-    if isinstance(error, NebulaError):
-        return error
-    full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "disk is full" in str(error)
-    if full:
-        return PreflightError(
-            f"the coordinator's disk is full ({error}); nothing was acknowledged that is not on it",
-            hint="free some space, then `nebula resume` goes on from the last commit",
-        )
-    return NebulaError(f"the coordinator cannot go on: {type(error).__name__}: {error}")
