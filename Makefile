@@ -34,17 +34,14 @@ bench: .venv/.ready-dev
 clean:
 	rm -rf .venv *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-# A torch that the machine already has (a GPU build, usually) is used as it is, through --system-site-packages and with
-# the torch line taken out of the constraints. Otherwise pip installs the pinned one.
-HAS_TORCH := $(PYTHON) -c 'import sys, importlib.metadata as m; v = m.version("torch").split("."); \
+# A torch that the machine already has (a GPU build, usually) is used as it is: .venv sees the machine's packages, and the
+# torch line is taken out of the constraints. Otherwise pip installs the pinned one.
+HAS_TORCH := -c 'import sys, importlib.metadata as m; v = m.version("torch").split("."); \
     sys.exit((int(v[0]), int(v[1])) < (2, 11))' 2>/dev/null
 
 .venv/constraints.txt: constraints.txt
-	if $(HAS_TORCH); then \
-	    $(PYTHON) -m venv --system-site-packages .venv && grep -v '^torch==' constraints.txt > $@; \
-	else \
-	    $(PYTHON) -m venv .venv && cp constraints.txt $@; \
-	fi
+	if $(PYTHON) $(HAS_TORCH); then $(PYTHON) -m venv --system-site-packages .venv; else $(PYTHON) -m venv .venv; fi
+	if $(BIN)/python $(HAS_TORCH); then grep -v '^torch==' constraints.txt > $@; else cp constraints.txt $@; fi
 
 .venv/.ready: .venv/constraints.txt pyproject.toml
 	$(BIN)/pip install --quiet --constraint .venv/constraints.txt --editable '.[ray]'

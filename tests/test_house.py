@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import nebula
+from nebula.cli.main import VERBS
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [p for p in (ROOT / "nebula").rglob("*.py") if "proto" not in p.parts]
@@ -45,3 +47,14 @@ def test_light_modules_import_neither_torch_nor_ray():
 
 def test_version_is_stated_once():
     assert f'version = "{nebula.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_readmes_make_targets_and_verbs_exist():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^make (\w+)", readme, re.MULTILINE))
+    assert {"train", "test"} <= targets
+    assert {t for t in targets if f"\n{t}:" not in makefile} == set()
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    verbs = set(re.findall(r"\bnebula ([a-z]+)\b(?! /| trains)", readme))
+    assert {"run", "resume", "sample", "report", "ckpt", "doctor", "validate"} <= verbs
+    assert verbs <= set(VERBS)

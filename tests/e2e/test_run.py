@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +91,15 @@ def test_a_completed_run_is_not_run_again(reference, capsys):
     assert main(["resume", str(reference["run_dir"])]) == 0
     assert "completed" in capsys.readouterr().out
     assert summary(reference["run_dir"]) == before
+
+
+def test_what_the_readme_does_with_a_finished_run_works(reference, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    commands = [line for line in readme.splitlines() if line.startswith("nebula ") and "runs/code-moe" in line]
+    assert len(commands) >= 3
+    for command in commands:
+        arguments = shlex.split(command.replace("runs/code-moe", str(reference["run_dir"])))[1:]
+        assert main(arguments) == 0, (command, capsys.readouterr())
 
 
 def test_a_killed_rank_coordinator_and_agent_cost_nothing_but_time(start, job, tmp_path, reference):

@@ -79,10 +79,14 @@ def test_two_clusters_equal_one_process_on_the_full_batch(layout, corpus, cache,
 # --- rule 2: bit-identical global state ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", [FOUR_BIT, EIGHT_BIT, PLAIN], ids=["4-bit", "8-bit", "fp32"])
-def test_everyone_reports_the_same_digest_in_each_round(codec, corpus, cache, tmp_path):
+@pytest.mark.parametrize(
+    ("codec", "ranks"),
+    [(FOUR_BIT, 1), (EIGHT_BIT, 1), (PLAIN, 1), (FOUR_BIT, 2)],
+    ids=["4-bit", "8-bit", "fp32", "4-bit, unequal layouts"],
+)
+def test_everyone_reports_the_same_digest_in_each_round(codec, ranks, corpus, cache, tmp_path):
     run = both_needed(tiny(corpus, wan=Wan(up=codec, down=codec)))
-    federated = Federated(run, clusters(north=1, south=1), tmp_path, cache)
+    federated = Federated(run, clusters(north=ranks, south=1), tmp_path, cache)
     seen: dict[str, list] = {}
     agents = {name: federated.agent(name) for name in ("north", "south")}
     for name, agent in agents.items():
