@@ -111,6 +111,7 @@ class Agent:
         """A stopped run is resumed from here exactly, wherever the last checkpoint was due."""
         if plan.action == "stop" and self._unsaved:
             self._save(plan.round)
+        self.emit("phase", phase="done" if plan.action == "done" else "stopped")
         self.engine.stop()
 
     def _save(self, tag: int) -> None:
@@ -125,7 +126,8 @@ class Agent:
 
     def _train(self, plan: RoundPlan) -> Report:
         """The inner steps, a second's worth at a time so that progress can be seen."""
-        self.emit("phase", phase="training", round=plan.round)
+        if plan.inner_steps:
+            self.emit("phase", phase="training", round=plan.round)
         total, done, tokens, loss, seconds = plan.inner_steps, 0, 0, 0.0, 0.0
         while done < total:
             steps = min(max(int(PROGRESS_SECONDS / self._pace), 1) if self._pace else 1, total - done)
