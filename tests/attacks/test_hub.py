@@ -486,11 +486,12 @@ class Call:
     [
         (lambda m: m.frames(b"", weight=-1.0), grpc.StatusCode.INVALID_ARGUMENT, "PacketError"),
         (lambda m: m.frames(encoded(m.delta()), sha256=b""), grpc.StatusCode.DATA_LOSS, "hash"),
-        (lambda m: islice(m.frames(b"ab"), 1), grpc.StatusCode.DATA_LOSS, "order"),
+        (lambda m: islice(m.frames(b"ab"), 1), grpc.StatusCode.CANCELLED, None),
+        (lambda m: iter([]), grpc.StatusCode.CANCELLED, None),
         (lambda m: iter([Frame(source="north", epoch=1)]), grpc.StatusCode.PERMISSION_DENIED, "AuthError"),
         (lambda m: iter([Frame(source="south", epoch=9)]), grpc.StatusCode.UNAUTHENTICATED, None),
     ],
-    ids=["packet", "hash", "order", "auth", "session"],
+    ids=["packet", "hash", "broken", "empty", "auth", "session"],
 )
 def test_refusals_are_counted_and_become_a_status(attack, code, reason, attacker, federated):
     call = Call(attacker.identity.certificate_pem)

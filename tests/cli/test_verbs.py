@@ -33,7 +33,7 @@ def test_validate_shows_what_a_round_costs(tiny, capsys):
     assert main(["validate", tiny, "--clusters", LAPTOP, "--set", "batch=4"]) == 0
     printed = capsys.readouterr()
     assert "tiny: 2 rounds of 20 inner steps" in printed.out
-    assert "3.84 k (north 2.56 k, south 1.28 k)" in printed.out
+    assert "6.40 k (north 2.56 k, south 3.84 k)" in printed.out  # south states a batch of its own
     assert "1.10 kB of text" in printed.out
     assert printed.err == f"next: nebula run {tiny} --clusters {LAPTOP} --set batch=4\n"
 
@@ -42,7 +42,7 @@ def test_validate_as_json(tiny, capsys):
     assert main(["validate", tiny, "--clusters", LAPTOP, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["ok"] is True
-    assert told["tokens_per_round"] == {"north": 20 * 16 * 16, "south": 20 * 8 * 16}
+    assert told["tokens_per_round"] == {"north": 20 * 16 * 16, "south": 20 * 12 * 16}
     assert told["up_bytes_per_round"] == round(told["params"] * 4.25 / 8)
     assert told["data_parallel_bytes_per_round"] == told["params"] * 2 * 2 * 20
 
