@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 
 import torch
 from torch import Tensor
@@ -20,23 +19,30 @@ to merge: the journal would offer it again after every restart."""
 
 def check_tiling(slices: Mapping[Slice, Tensor], shapes: Shapes) -> None:
     """Raise PacketError unless the slices cover every parameter of the fragment exactly once, finite and no larger than
-    LARGEST."""
-    by_name: dict[str, list[Slice]] = {name: [] for name in shapes}
+    LARGEST. Time and memory (a byte each) grow with the parameters, however many slices there are."""
+    covered = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
     for where, values in slices.items():
-        if where.name not in by_name:
+        if where.name not in covered:
             raise PacketError(f"parameter {where.name!r} is not in this fragment")
         _check_inside(where, shapes[where.name])
         if not bool(torch.isfinite(values).all()):
             raise PacketError(f"parameter {where.name!r} has values that are not finite")
         if bool((values.abs() > LARGEST).any()):
             raise PacketError(f"parameter {where.name!r} is said to have moved by more than {LARGEST:g}")
-        by_name[where.name].append(where)
-    for name, boxes in by_name.items():
-        if sum(prod(box.shape) for box in boxes) != prod(shapes[name]):
+        box = region(covered[where.name], where)
+        if bool(box.any()):
+            raise PacketError(f"two slices of parameter {where.name!r} overlap")
+        box.fill_(True)
+    for name, mask in covered.items():
+        if not bool(mask.all()):
             raise PacketError(f"the slices of parameter {name!r} do not add up to its shape {shapes[name]}")
-        for i, box in enumerate(boxes):
-            if any(_overlap(box, other) for other in boxes[:i]):
-                raise PacketError(f"two slices of parameter {name!r} overlap")
+
+
+def region(tensor: Tensor, where: Slice) -> Tensor:
+    """The part of a whole parameter that a slice covers, as a view."""
+    for axis, (offset, size) in enumerate(zip(where.offset, where.shape, strict=True)):
+        tensor = tensor.narrow(axis, offset, size)
+    return tensor
 
 
 def _check_inside(where: Slice, shape: tuple[int, ...]) -> None:
@@ -45,11 +51,6 @@ def _check_inside(where: Slice, shape: tuple[int, ...]) -> None:
     )
     if not fits:
         raise PacketError(f"slice {where.offset}+{where.shape} of parameter {where.name!r} is not inside {shape}")
-
-
-def _overlap(a: Slice, b: Slice) -> bool:
-    boxes = zip(a.offset, a.shape, b.offset, b.shape, strict=True)
-    return all(ao < bo + bn and bo < ao + an for ao, an, bo, bn in boxes)
 
 
 class WeightedMean:
@@ -62,10 +63,7 @@ class WeightedMean:
 
     def add(self, delta: Delta) -> None:
         for where, values in delta.tensors.items():
-            box = self._sum[where.name]
-            for axis, (offset, size) in enumerate(zip(where.offset, where.shape, strict=True)):
-                box = box.narrow(axis, offset, size)
-            box.add_(values, alpha=delta.weight)
+            region(self._sum[where.name], where).add_(values, alpha=delta.weight)
         self._weight += delta.weight
 
     def result(self) -> dict[str, Tensor]:

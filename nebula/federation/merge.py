@@ -52,7 +52,10 @@ def read_delta(payload: bytes | memoryview, parts: Sequence[int], shapes: Shapes
     at = 0
     for size in parts:
         part = memoryview(payload)[at : at + size]
-        slices.update(decode(unpack(part, max_bytes=size), max_elements=2 * elements + 65536))
+        decoded = decode(unpack(part, max_bytes=size), max_elements=2 * elements + 65536)
+        if twice := slices.keys() & decoded.keys():
+            raise PacketError(f"two packets hold the same slice of parameter {min(w.name for w in twice)!r}")
+        slices |= decoded
         at += size
     check_tiling(slices, shapes)
     return slices

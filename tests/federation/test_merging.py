@@ -16,9 +16,12 @@ from nebula.federation.aggregate import WeightedMean, check_tiling
 from nebula.federation.events import Arrived, Committed, Joined, Reported
 from nebula.federation.journal import Journal
 from nebula.federation.membership import deadline, latest_arrival
+from nebula.federation.merge import read_delta
 from nebula.federation.outer import outer_step
 from nebula.federation.tally import Tally
 from nebula.types import Delta, Evaluation, RoundReport, Slice
+from nebula.wan.codec.layout import flatten
+from nebula.wan.frame import pack
 
 
 def delta(weight: float, tensors) -> Delta:
@@ -66,6 +69,16 @@ def test_slices_must_tile_the_fragment_exactly():
         check_tiling(halves(torch.full((6, 4), math.nan), 2), shapes)
     with pytest.raises(PacketError, match="moved by more than"):
         check_tiling(halves(torch.full((6, 4), -2e6), 2), shapes)
+
+
+def test_a_slice_sent_twice_is_not_taken_for_once():
+    whole = torch.randn(6, 4)
+    top, bottom = ({where: values} for where, values in halves(whole, 3).items())
+    one, other = pack(flatten(top, 1)), pack(flatten(bottom, 1))
+    shapes = {"w": (6, 4)}
+    assert len(read_delta(one + other, [len(one), len(other)], shapes)) == 2
+    with pytest.raises(PacketError, match="two packets hold the same slice"):
+        read_delta(one + one + other, [len(one), len(one), len(other)], shapes)
 
 
 def test_nesterov_is_torchs():
