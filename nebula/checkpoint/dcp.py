@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
+from nebula import files
 from nebula.errors import PreflightError
 from nebula.types import Json
 
@@ -99,26 +99,15 @@ def _clear(folder: Path, aside: Path) -> None:
 
 
 def _commit(folder: Path, aside: Path, tag: int, written: Mapping[str, object]) -> None:
-    with (aside / NOTE).open("w") as file:
-        json.dump(written, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(aside)
+    files.write(aside / NOTE, json.dumps(written, indent=1).encode())
+    files.sync(aside)
     target = folder / str(tag)
     if target.exists():  # the same round again, after a resume from an older one
         shutil.rmtree(target)
     aside.rename(target)
-    _sync(folder)
+    files.sync(folder)
     for old in sorted(_tags(folder), reverse=True)[KEEP:]:
         shutil.rmtree(folder / str(old))
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read_note(path: Path) -> dict[str, Any] | str:

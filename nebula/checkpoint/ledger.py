@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection
 from pathlib import Path
 
+from nebula import files
 from nebula.errors import JournalError
 
 
@@ -23,17 +23,8 @@ class Ledger:
         name = hashlib.sha256(data).hexdigest()
         target = self._folder / name
         if not target.exists():
-            aside = self._folder / f".{name}.{os.getpid()}"
-            try:
-                with aside.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                aside.replace(target)
-            except OSError:
-                aside.unlink(missing_ok=True)
-                raise
-            self._sync_folder()
+            files.write(target, data)
+            files.sync(self._folder)
         return name
 
     def get(self, name: str) -> bytes:
@@ -56,10 +47,3 @@ class Ledger:
         for path in self._folder.iterdir():
             if path.name not in names:
                 path.unlink(missing_ok=True)
-
-    def _sync_folder(self) -> None:
-        handle = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nebula import files
 from nebula.cli import output
-from nebula.cli.rundir import RunDir, write_atomically
+from nebula.cli.rundir import RunDir
 from nebula.config import Agreement
 from nebula.errors import UsageError
 from nebula.metrics import events, units
@@ -53,7 +54,7 @@ def export(
     target = out or run_dir / "model.safetensors"
     model = from_run(run_dir)
     try:
-        write_atomically(target, pack(model))
+        files.write(target, pack(model))
     except OSError as error:
         raise UsageError(f"cannot write {target}: {error.strerror}", hint="choose another place with --out") from error
     size = target.stat().st_size

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nebula import files
 from nebula.cli import output
-from nebula.cli.rundir import RunDir, write_atomically
+from nebula.cli.rundir import RunDir
 from nebula.errors import QuorumError
 from nebula.types import Json
 
@@ -86,6 +87,6 @@ def _leave(run: RunDir, summary: dict[str, Json], events: EventLog) -> None:
     """The last words. A disk too full for them is told, and must not hide why the run ended."""
     try:
         events.emit("run_ended", state=summary["state"])
-        write_atomically(run.summary, json.dumps(summary, indent=1).encode())
+        files.write(run.summary, json.dumps(summary, indent=1).encode())
     except OSError as error:
         output.say(f"{run.summary} cannot be written: {error}")

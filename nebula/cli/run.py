@@ -35,25 +35,31 @@ def command(
 
 def conclude(run: RunDir, engine: EngineKind, verb: str, *, as_json: bool) -> None:
     """Drive a run to its end, whatever that is, and leave a report behind."""
-    from nebula.metrics.report import render
-
     agreement = run.agreement()
     display = Display(Console(stderr=True), agreement.run.rounds)
     launch = Launch(run, display, engine)
     try:
-        summary = launch.drive()
+        try:
+            summary = launch.drive()
+        finally:
+            display.close()
+            _report(run)
     except KeyboardInterrupt:
-        display.close()
-        if run.summary.exists():
-            render(run.path)
         output.say(f"stopped; go on with: nebula resume {run.path}")
         raise
-    finally:
-        display.close()
-        if run.summary.exists():
-            render(run.path)
     text = closing(display.view, summary, run_dir=run.path, sample=sample(run))
     output.result(verb, {"summary": summary, "run_dir": str(run.path)}, text=text, as_json=as_json)
+
+
+def _report(run: RunDir) -> None:
+    """Of whatever there is. That it cannot be written must not hide how the run ended."""
+    from nebula.metrics.report import render
+
+    if run.summary.exists():
+        try:
+            render(run.path)
+        except OSError as error:
+            output.say(f"no report: {error}")
 
 
 def sample(run: RunDir) -> str:

@@ -12,25 +12,12 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from nebula import files
 from nebula.config import Agreement, Federation
 from nebula.errors import UsageError
 from nebula.types import Json
 
 T = TypeVar("T")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The old content or the new, never half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +98,9 @@ def create(
             "digest": agreement.digest(),
             "agreement": json.loads(agreement.canonical()),
         }
-        write_atomically(aside / "run.json", json.dumps(run_json, indent=1).encode())
-        write_atomically(aside / "federation.json", federation.model_dump_json(indent=1).encode())
-        write_atomically(aside / "tokenizer.json", tokenizer.encode())
+        files.write(aside / "run.json", json.dumps(run_json, indent=1).encode())
+        files.write(aside / "federation.json", federation.model_dump_json(indent=1).encode())
+        files.write(aside / "tokenizer.json", tokenizer.encode())
         fill(aside)
         return RunDir(_claim(aside, out / agreement.run.name))
     except BaseException:  # a Ctrl-C, too, leaves nothing behind

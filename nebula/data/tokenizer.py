@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from nebula.data import store
+from nebula import files
 from nebula.data.corpus import Document, digest
 from nebula.errors import UsageError
 
@@ -50,7 +50,7 @@ def cached(documents: Sequence[Document], vocab: int, cache: Path) -> str:
         key.update(text.encode())
     path = cache / f"tokenizer-{key.hexdigest()[:32]}.json"
     if not path.exists():
-        store.write(path, [train(documents, vocab).encode()])
+        files.write(path, train(documents, vocab).encode())
     return path.read_text(encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import structlog
 from tokenizers import Tokenizer
 
-from nebula.data import store
+from nebula import files
 from nebula.data.corpus import Document
 from nebula.data.tokenizer import END
 from nebula.errors import UsageError
@@ -36,10 +36,10 @@ def tokenize(documents: Sequence[Document], tokenizer_json: str, cache: Path) ->
     tokenizer.encode_special_tokens = True
     dtype = np.dtype("<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4")
     path = cache / f"tokens-{_key(documents, tokenizer_json)}.bin"
-    with store.lock(path.with_suffix(".lock")):
+    with files.lock(path.with_suffix(".lock")):
         if path.exists() and (tokens := _open(path, dtype)) is not None:
             return tokens
-        store.write(path, _file(documents, tokenizer, dtype))
+        files.write_all(path, _file(documents, tokenizer, dtype))
     tokens = _open(path, dtype)
     assert tokens is not None, "a file just written has its own header"
     return tokens

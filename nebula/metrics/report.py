@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nebula import files
 from nebula.config import Agreement
 from nebula.errors import UsageError
 from nebula.metrics import events, units
@@ -43,9 +43,7 @@ def render(run_dir: Path) -> Path:
         config=json.dumps(json.loads(agreement.canonical()), indent=2, ensure_ascii=False),
     )
     target = run_dir / "report.html"
-    aside = target.with_name(f".report.{os.getpid()}")
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(target)
+    files.write(target, page.encode())
     return target
 
 

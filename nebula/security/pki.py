@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import inspect
 import ipaddress
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -24,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.x509 import verification
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from nebula import files
 from nebula.errors import AuthError, UsageError
 from nebula.types import COORDINATOR
 
@@ -83,7 +82,7 @@ class Identity:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
             for file, data in zip(FILES, (self.certificate_pem, self.key_pem, self.authority_pem), strict=True):
-                _write(folder / file, data)
+                files.write(folder / file, data, private=True)
         except OSError as error:
             raise UsageError(
                 f"cannot write the identity of {self.name!r} to {folder}: {error.strerror}",
@@ -234,17 +233,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", hint=_FOLDER_HINT) from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    # mkstemp creates with mode 0600, so the key is at no moment open to others.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

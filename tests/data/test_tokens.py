@@ -8,7 +8,8 @@ import pytest
 from structlog.testing import capture_logs
 from tokenizers import Tokenizer
 
-from nebula.data import store, tokens
+from nebula import files
+from nebula.data import tokens
 from nebula.data.corpus import Document
 from nebula.data.tokenizer import END, train
 from nebula.errors import UsageError
@@ -86,14 +87,14 @@ def test_require_wants_one_whole_window():
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file"
-    store.write(path, [b"old"])
+    files.write(path, b"old")
 
     def failing():
         yield b"new"
         raise RuntimeError("disk on fire")
 
     with pytest.raises(RuntimeError, match="on fire"):
-        store.write(path, failing())
+        files.write_all(path, failing())
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"old")]
 
 
@@ -112,6 +113,6 @@ def test_one_process_at_a_time_holds_the_lock(tmp_path):
 
 def _add(folder: Path, times: int) -> None:
     for _ in range(times):
-        with store.lock(folder / "lock"):
+        with files.lock(folder / "lock"):
             value = int((folder / "number").read_text())
             (folder / "number").write_text(str(value + 1))
