@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path: Path, damage) -> N
     assert logs[0]["fault"]
 
 
-@pytest.mark.parametrize("victim", [(dcp.json, "dump"), (Path, "rename")], ids=["note", "dcp"])
+@pytest.mark.parametrize("victim", [(dcp.files, "write"), (Path, "rename")], ids=["note", "dcp"])
 def test_a_save_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch, victim) -> None:  # type: ignore[no-untyped-def]
     dcp.save(tmp_path, 1, state(1), NOTE)
     with monkeypatch.context() as patch:
