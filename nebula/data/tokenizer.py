@@ -50,6 +50,7 @@ def cached(documents: Sequence[Document], vocab: int, cache: Path) -> str:
         key.update(text.encode())
     path = cache / f"tokenizer-{key.hexdigest()[:32]}.json"
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         files.write(path, train(documents, vocab).encode())
     return path.read_text(encoding="utf-8")
 
