@@ -30,6 +30,7 @@ proto: .venv/.ready-dev
 bench: .venv/.ready-dev
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/bytes.py
+	$(BIN)/python benchmarks/startup.py
 
 clean:
 	rm -rf .venv *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
