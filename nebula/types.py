@@ -111,7 +111,7 @@ class RoundPlan:
     """What a cluster does next. `fragments` maps each fragment due to the version its delta is measured against
     (for `catch_up`: the fragments to fetch). `eval_count` 0 means no evaluation."""
 
-    action: Literal["train", "catch_up", "stop", "done", "wait"]
+    action: Literal["train", "catch_up", "stop", "done"]
     round: int = 0
     inner_steps: int = 0
     fragments: Mapping[str, int] = field(default_factory=dict)
@@ -123,7 +123,7 @@ class RoundPlan:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundReport:
     """What a cluster tells the coordinator with its next plan request. Bytes and retries count from the agent's
-    start; `eval` belongs to the global model at the start of `evaluated_round`."""
+    start; `eval` belongs to the global model at the start of `round`."""
 
     round: int
     steps: int
@@ -138,7 +138,6 @@ class RoundReport:
     retries: int = 0
     rtt_s: float = 0.0
     eval: Evaluation | None = None
-    evaluated_round: int = 0
 
 
 Packets: TypeAlias = Sequence[Any]

@@ -73,8 +73,6 @@ class Agent:
                     case "catch_up":
                         diverged = diverged + 1 if plan.reason == "diverged" else 0
                         self._catch_up(plan, diverged)
-                    case "wait":
-                        time.sleep(PROGRESS_SECONDS)
                     case "done" | "stop":
                         self._leave(plan)
                         return plan.action
@@ -104,7 +102,6 @@ class Agent:
             compute_s=trained.seconds,
             stall_s=stalled,
             eval=evaluation,
-            evaluated_round=plan.round,
         )
 
     def _leave(self, plan: RoundPlan) -> None:

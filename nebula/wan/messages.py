@@ -8,12 +8,11 @@ from typing import Literal
 from nebula.proto.v1 import run_pb2 as pb
 from nebula.types import Evaluation, Held, RoundPlan, RoundReport
 
-_ACTIONS: dict[pb.PlanResponse.Action.ValueType, Literal["train", "catch_up", "stop", "done", "wait"]] = {
+_ACTIONS: dict[pb.PlanResponse.Action.ValueType, Literal["train", "catch_up", "stop", "done"]] = {
     pb.PlanResponse.ACTION_TRAIN: "train",
     pb.PlanResponse.ACTION_CATCH_UP: "catch_up",
     pb.PlanResponse.ACTION_STOP: "stop",
     pb.PlanResponse.ACTION_DONE: "done",
-    pb.PlanResponse.ACTION_WAIT: "wait",
 }
 _ACTION_VALUES = {name: value for value, name in _ACTIONS.items()}
 
@@ -37,7 +36,6 @@ def plan_request(held: Mapping[str, Held], report: RoundReport | None, rebuilds:
                 payload_down_bytes=report.payload_down_bytes,
                 retries=report.retries,
                 rtt_seconds=report.rtt_s,
-                evaluated_round=report.evaluated_round,
                 eval_loss_sum=report.eval.loss_sum if report.eval else 0.0,
                 eval_tokens=report.eval.tokens if report.eval else 0,
             )
@@ -67,7 +65,6 @@ def report_of(message: pb.PlanRequest) -> RoundReport | None:
         retries=r.retries,
         rtt_s=r.rtt_seconds,
         eval=Evaluation(loss_sum=r.eval_loss_sum, tokens=r.eval_tokens) if r.eval_tokens else None,
-        evaluated_round=r.evaluated_round,
     )
 
 

@@ -69,7 +69,7 @@ class FakeGateway:
     def plan(self, held, report, rebuilds) -> RoundPlan:
         if self.behaviour == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        return RoundPlan(action="wait", reason="torch" if "torch" in sys.modules else "light")
+        return RoundPlan(action="done", reason="torch" if "torch" in sys.modules else "light")
 
     def push(self, ticket, packets) -> str:
         expected = [f"{ticket.fragment}/{rank};".encode() * 50_000 for rank in range(2)]

@@ -166,7 +166,7 @@ def test_what_the_gateway_refuses_comes_through_as_itself(head, transport):
 def test_a_gateway_that_dies_is_replaced(transport):
     pid = transport.pid()
     os.kill(pid, signal.SIGKILL)
-    assert transport.plan({}, None, 0).action == "wait"
+    assert transport.plan({}, None, 0).action == "done"
     assert transport.pid() != pid
 
 

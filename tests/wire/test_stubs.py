@@ -111,9 +111,7 @@ def test_plan_says_what_to_do_next(both):
 
 def test_plan_brings_the_report(both):
     evaluation = Evaluation(loss_sum=12.5, tokens=4)
-    report = RoundReport(
-        round=0, steps=2, tokens=100, loss=3.25, compute_s=1.5, stall_s=0.5, eval=evaluation, evaluated_round=0
-    )
+    report = RoundReport(round=0, steps=2, tokens=100, loss=3.25, compute_s=1.5, stall_s=0.5, eval=evaluation)
     both.commit(0)
     both.north.plan(both.held(), report, 0)
     heard = both.hub.state.reports[0]["north"]

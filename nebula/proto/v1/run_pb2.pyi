@@ -201,7 +201,6 @@ class RoundReport(_message.Message):
     PAYLOAD_DOWN_BYTES_FIELD_NUMBER: _builtins.int
     RETRIES_FIELD_NUMBER: _builtins.int
     RTT_SECONDS_FIELD_NUMBER: _builtins.int
-    EVALUATED_ROUND_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     steps: _builtins.int
     tokens: _builtins.int
@@ -217,7 +216,6 @@ class RoundReport(_message.Message):
     payload_down_bytes: _builtins.int
     retries: _builtins.int
     rtt_seconds: _builtins.float
-    evaluated_round: _builtins.int
     def __init__(
         self,
         *,
@@ -235,11 +233,10 @@ class RoundReport(_message.Message):
         payload_down_bytes: _builtins.int = ...,
         retries: _builtins.int = ...,
         rtt_seconds: _builtins.float = ...,
-        evaluated_round: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "down_bytes", b"down_bytes", "eval_loss_sum", b"eval_loss_sum", "eval_tokens", b"eval_tokens", "evaluated_round", b"evaluated_round", "loss", b"loss", "payload_down_bytes", b"payload_down_bytes", "payload_up_bytes", b"payload_up_bytes", "retries", b"retries", "round", b"round", "rtt_seconds", b"rtt_seconds", "stall_seconds", b"stall_seconds", "steps", b"steps", "tokens", b"tokens", "up_bytes", b"up_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "down_bytes", b"down_bytes", "eval_loss_sum", b"eval_loss_sum", "eval_tokens", b"eval_tokens", "loss", b"loss", "payload_down_bytes", b"payload_down_bytes", "payload_up_bytes", b"payload_up_bytes", "retries", b"retries", "round", b"round", "rtt_seconds", b"rtt_seconds", "stall_seconds", b"stall_seconds", "steps", b"steps", "tokens", b"tokens", "up_bytes", b"up_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -313,8 +310,6 @@ class PlanResponse(_message.Message):
         ACTION_STOP: PlanResponse._Action.ValueType  # 3
         """The run is being stopped; everything is kept for resume."""
         ACTION_DONE: PlanResponse._Action.ValueType  # 4
-        ACTION_WAIT: PlanResponse._Action.ValueType  # 5
-        """Nothing to do for now; ask again."""
 
     class Action(_Action, metaclass=_ActionEnumTypeWrapper): ...
     ACTION_UNSPECIFIED: PlanResponse.Action.ValueType  # 0
@@ -324,8 +319,6 @@ class PlanResponse(_message.Message):
     ACTION_STOP: PlanResponse.Action.ValueType  # 3
     """The run is being stopped; everything is kept for resume."""
     ACTION_DONE: PlanResponse.Action.ValueType  # 4
-    ACTION_WAIT: PlanResponse.Action.ValueType  # 5
-    """Nothing to do for now; ask again."""
 
     ACTION_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
