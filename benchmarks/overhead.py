@@ -35,7 +35,7 @@ from nebula.runtime.engine import GroupEngine, Ranks
 from nebula.runtime.heads import Head
 from nebula.runtime.local import InProcess, Processes
 from nebula.runtime.ray import RayGroup, connect, disconnect
-from nebula.types import Json
+from nebula.types import Json, Steps
 
 CLUSTER = "north"
 AIM = 1.03
@@ -80,7 +80,7 @@ def timed(engine: GroupEngine) -> Train:
 
     def train(first: int, steps: int) -> tuple[float, float]:
         begun = time.perf_counter()
-        report = engine.train(0, first, steps, first + steps)
+        report = engine.train(Steps(round=0, position=0, first=first, count=steps, total=first + steps))
         return time.perf_counter() - begun, report.loss
 
     return train

@@ -154,11 +154,21 @@ class Wan(Config):
 
 
 class Membership(Config):
-    """A round commits when every cluster has delivered, or, with at least `quorum`, when the rest are later than
-    measured arrivals explain (median + k·MAD). `max_stall`: the longest anyone waits for anyone, seconds."""
+    """Clusters may come, leave and fail at any time. A round commits when every cluster that takes part has delivered,
+    or, with at least `quorum`, when those missing have left, fallen silent, or are later than their own measured
+    arrivals explain (median + k·MAD). Below `quorum` the run waits, then pauses. `max_stall`: the longest anyone waits
+    for anyone, seconds.
+
+    While clusters are missing, the mean is over the tokens that came, whatever these rules say. global_batch "shrink":
+    the others train as before, so a round has fewer tokens. "hold": they take more inner steps, so that it keeps them
+    (known from the round before: the round in which a cluster is lost is short, the one in which it returns long).
+    outer_lr: how the outer rate follows the share of the nominal tokens that a round has: not at all ("constant"), its
+    square root, or "linear"; never above its nominal value."""
 
     quorum: Positive = 1
     max_stall: Annotated[float, Field(gt=0)] = 120.0
+    global_batch: Literal["shrink", "hold"] = "shrink"
+    outer_lr: Literal["constant", "sqrt", "linear"] = "constant"
 
 
 class Run(Config):
@@ -216,12 +226,15 @@ class Ray(Config):
 
 
 class Cluster(Config):
-    """One participant. `batch`: sequences per inner step over all its ranks; default `Run.batch · ranks`."""
+    """One participant. `batch`: sequences per inner step over all its ranks; default `Run.batch · ranks`.
+    `checkpoints`: an fsspec URL such as s3://bucket/path, for a cluster whose ranks share no disk; default: the run's
+    folder."""
 
     ranks: Positive = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Positive = 1
     batch: Positive | None = None
+    checkpoints: str | None = None
     ray: Ray = Ray()
     link: Link | None = None
 
@@ -275,9 +288,13 @@ class Agreement(Config):
     def parse(cls, canonical: bytes) -> Agreement:
         return cls.model_validate_json(canonical)
 
+    def tokens_per_step(self, cluster: str) -> int:
+        """What a cluster trains in one inner step; times the steps of a round, the bound on its weight."""
+        return self.members[cluster].batch * self.run.data.seq_len
+
     def tokens_per_round(self, cluster: str) -> int:
-        """The most a cluster can have trained in one round: the bound on its weight."""
-        return self.run.inner_steps * self.members[cluster].batch * self.run.data.seq_len
+        """What a cluster trains in a round in which nobody is missing."""
+        return self.run.inner_steps * self.tokens_per_step(cluster)
 
 
 def agree(run: Run, federation: Federation, *, tokenizer: str, unigram_entropy: float) -> Agreement:

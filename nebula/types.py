@@ -70,6 +70,18 @@ class Channel(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """Inner steps `first` … `first + count` − 1 of the `total` of `round`. `position`: inner steps of all rounds before
+    it, which is where the round's data begins."""
+
+    round: int
+    position: int
+    first: int
+    count: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """One cluster's inner steps: `loss` is the token mean over them (nats), `tokens` summed over its ranks."""
 
@@ -109,11 +121,13 @@ class Held:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundPlan:
     """What a cluster does next. `fragments` maps each fragment due to the version its delta is measured against
-    (for `catch_up`: the fragments to fetch). `eval_count` 0 means no evaluation."""
+    (for `catch_up`: the version to reach). `position`: inner steps of all rounds before. `eval_count` 0 means no
+    evaluation."""
 
     action: Literal["train", "catch_up", "stop", "done"]
     round: int = 0
     inner_steps: int = 0
+    position: int = 0
     fragments: Mapping[str, int] = field(default_factory=dict)
     eval_index: int = 0
     eval_count: int = 0
@@ -122,8 +136,8 @@ class RoundPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundReport:
-    """What a cluster tells the coordinator with its next plan request. Bytes and retries count from the agent's
-    start; `eval` belongs to the global model at the start of `round`."""
+    """What a cluster tells the coordinator with its next plan request. Bytes and retries count from the start of a
+    gateway's process, of which there may be several in turn: `life` tells them apart. `eval` belongs to the global model at the start of `round`."""
 
     round: int
     steps: int
@@ -137,7 +151,18 @@ class RoundReport:
     payload_down_bytes: int = 0
     retries: int = 0
     rtt_s: float = 0.0
+    life: int = 0
     eval: Evaluation | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """A sign of life: `step` of the `steps` of `round` are done. `leaving`: the cluster leaves; do not wait for it."""
+
+    round: int = 0
+    step: int = 0
+    steps: int = 0
+    leaving: bool = False
 
 
 Packets: TypeAlias = Sequence[Any]
@@ -176,7 +201,11 @@ class Transport(Protocol):
         """Open a session. Returns (agreement JSON, tokenizer JSON). Raises AuthError, UnreachableError."""
         ...
 
-    def plan(self, held: Mapping[str, Held], report: RoundReport | None, rebuilds: int) -> RoundPlan: ...
+    def plan(self, held: Mapping[str, Held], report: RoundReport | None) -> RoundPlan: ...
+    def beat(self, beat: Beat) -> None:
+        """Tell that this cluster lives. Tried once: the next one comes soon."""
+        ...
+
     def push(self, ticket: PushTicket, packets: Packets) -> Literal["accepted", "duplicate", "late"]: ...
     def pull(self, kind: Literal["update", "state"], fragment: str, version: int) -> tuple[Pulled, Payload]: ...
     def close(self) -> None: ...
@@ -190,9 +219,7 @@ class Engine(Protocol):
         """Build the model on every rank and restore the newest local checkpoint. Returns what the cluster holds."""
         ...
 
-    def train(self, round: int, first: int, steps: int, total: int) -> Report:
-        """Run inner steps `first` … `first + steps` − 1 of the `total` that make up `round`."""
-        ...
+    def train(self, steps: Steps) -> Report: ...
 
     def pull(self, fragment: str) -> Packets:
         """Encode base − local where it lies, one packet per rank. Calling it again gives the same packets."""
@@ -200,7 +227,8 @@ class Engine(Protocol):
 
     def push(self, fragment: str, kind: Literal["update", "state"], payload: Payload, *, merged: bool) -> str:
         """Apply an update to (or replace) the global parameters and reset the local ones to them. `merged`: this
-        cluster's last packets are part of it. Returns the digest of the fragment."""
+        cluster's packets are part of it; if they are not at hand any more, neither is what they left out, and the
+        residual begins anew. Returns the digest of the fragment."""
         ...
 
     def evaluate(self, index: int, count: int) -> Evaluation: ...

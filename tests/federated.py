@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 
+from nebula.checkpoint.ledger import Ledger
+from nebula.checkpoint.store import Folder
 from nebula.config import Agreement, Cluster, Data, Federation, Model, Run, agree
 from nebula.data.open import open_data
 from nebula.data.prepare import prepare
 from nebula.federation.agent import Agent
 from nebula.federation.hub import Hub
+from nebula.federation.journal import open_journal
 from nebula.federation.memory import MemoryStub
 from nebula.metrics.events import EventLog, read
 from nebula.models.init import initial, parameter_shapes
@@ -75,7 +78,9 @@ class Federated:
         """A coordinator on the journal of the last one, if there was one."""
         identity = Identity.load(self.folder / "pki" / "coordinator")
         log = EventLog(self.folder / "events.jsonl")
-        self.hub = Hub(self.agreement, self.tokenizer.encode(), identity, self.folder / "journal", log)
+        journal = open_journal(self.folder / "journal" / "journal.sqlite", agreement=self.agreement.digest())
+        ledger = Ledger(Folder(self.folder / "journal" / "blobs"))
+        self.hub = Hub(self.agreement, self.tokenizer.encode(), identity, journal, ledger, log.emit)
         return self.hub
 
     def gateway(self, cluster: str, **changes: Any) -> Gateway:

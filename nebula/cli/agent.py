@@ -31,7 +31,8 @@ def command(
     ray: Annotated[str, typer.Option(help="host:port of this cluster's Ray.")] = "",
     ray_token: Annotated[Path | None, typer.Option(help="File with the Ray cluster's token.")] = None,
 ) -> None:
-    """Train as one cluster of a run. It dials out to the coordinator; nothing dials in."""
+    """Train as one cluster of a run. It dials out to the coordinator; nothing dials in. SIGTERM makes it leave the run,
+    which goes on without it; started again, it takes part again from where the run is then."""
     from nebula.federation.agent import Agent
     from nebula.metrics.events import EventLog
 
@@ -54,7 +55,7 @@ def command(
         "tokenizer": tokenizer,
         "cluster": cluster,
         "facts": facts.model_dump_json().encode(),
-        "checkpoints": str((out / "checkpoints" / cluster).absolute()),
+        "checkpoints": facts.checkpoints or str((out / "checkpoints" / cluster).absolute()),
         "cache": str(cache_folder()),
     }
     agent = Agent(
@@ -66,6 +67,9 @@ def command(
     )
     try:
         agent.run()
+    except SystemExit:  # told to go: the others need not wait to find out
+        agent.leave()
+        raise
     finally:
         agent.engine.stop()
     transport.close()

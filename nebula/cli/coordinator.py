@@ -28,10 +28,16 @@ def command(
     run_dir: Annotated[Path, typer.Argument(help="The run's folder, as `nebula run` makes it.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7443,
+    journal: Annotated[str, typer.Option(help="postgresql://… ; default: SQLite in the run's folder.")] = "",
+    blobs: Annotated[str, typer.Option(help="fsspec URL, such as s3://… ; default: in the run's folder.")] = "",
 ) -> None:
     """Run the coordinator of one run. Ctrl-C stops the run after the round that is under way, again: at once. SIGTERM
-    ends only this process; agents wait `max_stall` for the next one."""
+    ends only this process; agents wait `max_stall` for the next one, which may run elsewhere if journal and blobs can
+    be reached from there."""
+    from nebula.checkpoint.bucket import open_store
+    from nebula.checkpoint.ledger import Ledger
     from nebula.federation.hub import Hub
+    from nebula.federation.journal import open_journal
     from nebula.federation.service import serve
     from nebula.metrics.events import EventLog
     from nebula.security.pki import Identity
@@ -43,7 +49,14 @@ def command(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: asked.put(number))
     events = EventLog(run.events)
-    hub = Hub(agreement, tokenizer.encode(), identity, run.journal, events)
+    hub = Hub(
+        agreement,
+        tokenizer.encode(),
+        identity,
+        open_journal(journal or run.journal / "journal.sqlite", agreement=agreement.digest()),
+        Ledger(open_store(blobs or str(run.journal / "blobs"))),
+        events.emit,
+    )
     server, _ = serve(hub, identity, host, port)
     events.emit(
         "run_started",

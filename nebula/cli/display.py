@@ -99,12 +99,19 @@ def render_line(view: View, source: str, event: Event) -> str | None:
         case "joined":
             return f"{event['cluster']} joined" + (f" again (session {event['epoch']})" if event["epoch"] > 1 else "")
         case "left":
-            return f"{event['cluster']} left: {_clean(event['reason'])}"
+            return f"{event['cluster']} left; the run goes on without it"
         case "round":
             return _round_line(view, event)
         case "eval":
             unigram = units.loss(view.history.started.get("unigram_entropy"))
             return f"held-out loss {units.loss(event['loss'])} after {event['round']} rounds (unigram {unigram})"
+        case "waiting":
+            missing = "; ".join(f"{cluster}: {known}" for cluster, known in sorted(event["missing"].items()))
+            return f"round {event['round'] + 1} waits for {_clean(missing)}"
+        case "paused":
+            return f"paused: {_clean(event['reason'])}"
+        case "repaired":
+            return f"version {event['version']} of {event['fragment']} was merged again from its deltas"
         case "late":
             return f"{event['cluster']} was too late for round {event['round'] + 1} of {event['fragment']}"
         case "rejected":

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from threading import Thread
-from typing import Literal, TypeVar
+from typing import Literal
 
+from nebula.clock import REAL, Clock, Task
 from nebula.errors import NebulaError, RankFailure
+from nebula.federation.membership import BEAT_SECONDS
 from nebula.types import (
     ROLE,
+    Beat,
     Engine,
     Evaluation,
     Held,
@@ -23,10 +23,9 @@ from nebula.types import (
     Report,
     RoundPlan,
     RoundReport,
+    Steps,
     Transport,
 )
-
-T = TypeVar("T")
 
 Emit = Callable[..., None]
 
@@ -49,14 +48,39 @@ class Agent:
     transport: Transport
     emit: Emit
     checkpoint_every: int
+    clock: Clock = REAL
     held: dict[str, Held] = field(default_factory=dict)
     rebuilds: int = 0
+    beat: Beat = field(default_factory=Beat)
+    """How far this cluster is."""
+    _over: bool = False
     _pace: float = 0.0
     _unsaved: bool = False
     """Whether the ranks hold a finished round that the disk does not."""
 
     def run(self) -> Literal["done", "stop"]:
         """Take part until the run is done or stopped. Raises what cannot be survived here."""
+        self.clock.spawn("beats", self._tell)
+        try:
+            return self._take_part()
+        finally:
+            self._over = True
+
+    def leave(self) -> None:
+        """Tell the coordinator not to wait for this cluster."""
+        self._over = True
+        self.transport.beat(replace(self.beat, leaving=True))
+
+    def _tell(self) -> None:
+        """Say every now and then that this cluster lives, whatever it is busy with."""
+        while not self._over:
+            try:
+                self.transport.beat(self.beat)
+            except NebulaError:
+                return  # whatever it is, the loop below hears of it
+            self.clock.sleep(BEAT_SECONDS)
+
+    def _take_part(self) -> Literal["done", "stop"]:
         report: RoundReport | None = None
         failures, diverged, built = 0, 0, False
         while True:
@@ -64,7 +88,7 @@ class Agent:
                 if not built:
                     self._build()
                     built = True
-                plan = self.transport.plan(self.held, report, self.rebuilds)
+                plan = self.transport.plan(self.held, report)
                 report = None
                 match plan.action:
                     case "train":
@@ -128,10 +152,13 @@ class Agent:
         total, done, tokens, loss, seconds = plan.inner_steps, 0, 0, 0.0, 0.0
         while done < total:
             steps = min(max(int(PROGRESS_SECONDS / self._pace), 1) if self._pace else 1, total - done)
-            part = self.engine.train(plan.round, done, steps, total)
+            part = self.engine.train(
+                Steps(round=plan.round, position=plan.position, first=done, count=steps, total=total)
+            )
             self._pace = part.seconds / part.steps
             done, tokens, seconds = done + part.steps, tokens + part.tokens, seconds + part.seconds
             loss += part.loss * part.tokens
+            self.beat = Beat(round=plan.round, step=done, steps=total)
             self.emit(
                 "step",
                 round=plan.round,
@@ -147,21 +174,22 @@ class Agent:
         """Push every due fragment, then apply the commits as they come. Returns seconds spent waiting."""
         self.emit("phase", phase="pushing", round=plan.round)
         stalled = 0.0
-        waiting: dict[str, Future[tuple[Pulled, Payload]]] = {}
+        waiting: dict[str, Task[tuple[Pulled, Payload]]] = {}
         try:
             for fragment, base in plan.fragments.items():
                 ticket = PushTicket(
                     role=ROLE, fragment=fragment, round=plan.round, base=base, weight=float(trained.tokens)
                 )
                 packets = self.engine.pull(fragment)
-                waiting[fragment] = _in_background(partial(self._deliver, ticket, packets))
+                waiting[fragment] = Task(self.clock, "exchange", partial(self._deliver, ticket, packets))
             for fragment, delivery in waiting.items():
-                start = time.monotonic()
+                start = self.clock.now()
                 pulled, payload = delivery.result()
-                stalled += time.monotonic() - start
+                stalled += self.clock.now() - start
                 self._apply(fragment, pulled, payload)
         except Exception:
-            wait(waiting.values())  # a group that is rebuilt delivers anew, and not beside its predecessor
+            for delivery in waiting.values():  # a group that is rebuilt delivers anew, and not beside its predecessor
+                delivery.wait()
             raise
         return stalled
 
@@ -201,7 +229,18 @@ class Agent:
             )
         self.emit("phase", phase="catching up", round=plan.round)
         for fragment, version in plan.fragments.items():
-            self._adopt(fragment, version)
+            if plan.reason == "diverged" or not self._follow(fragment, version):
+                self._adopt(fragment, version)
+
+    def _follow(self, fragment: str, version: int) -> bool:
+        """Take the updates that were missed, one by one: fewer bytes than the state, and the same bits. False if the
+        coordinator no longer keeps all of them; it does not have a later one without those in between."""
+        while (held := self.held[fragment].version) < version:
+            pulled, payload = self.transport.pull("update", fragment, held + 1)
+            if pulled.status != "ready":
+                return False
+            self._push(fragment, "update", pulled, payload, self.cluster in pulled.contributors)
+        return True
 
     def _build(self) -> None:
         self.emit("phase", phase="building")
@@ -220,17 +259,3 @@ class Agent:
 
 class _Ended(Exception):
     """The run stops before the version that is waited for exists."""
-
-
-def _in_background(act: Callable[[], T]) -> Future[T]:
-    """Run `act` in a thread that the process does not wait for when it is told to end."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(act())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, name="exchange", daemon=True).start()
-    return future

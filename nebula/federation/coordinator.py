@@ -11,7 +11,8 @@ A round r takes every fragment from version r to r + 1; the current round is the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -21,6 +22,7 @@ from nebula.federation.events import (
     Committed,
     Effect,
     Event,
+    Heard,
     Joined,
     Merge,
     Planned,
@@ -29,35 +31,58 @@ from nebula.federation.events import (
     RoundClosed,
     Stopping,
     Tick,
+    Waiting,
 )
-from nebula.federation.membership import deadline
-from nebula.types import Held, RoundPlan, RoundReport
+from nebula.federation.membership import HISTORY, Pulse, deadline, heard
+from nebula.types import Beat, Held, RoundPlan, RoundReport
 
 # --- state --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What does not change during a run. `members` are sorted: the order of sums."""
+    """What does not change during a run. `members` are sorted, which is the order of sums, and map to the tokens of one
+    of their inner steps. `hold` and `power`: config.Membership's global_batch, and outer_lr as the exponent of the
+    share of tokens."""
 
-    members: tuple[str, ...]
+    members: Mapping[str, int]
     fragments: tuple[str, ...]
     rounds: int
     inner_steps: int
     evaluate_every: int
     quorum: int
     max_stall: float
+    hold: bool = False
+    power: float = 0.0
+
+    def steps(self, clusters: Iterable[str]) -> int:
+        """Inner steps of a round in which these clusters are known to take part: if the global batch is held, as many
+        as it takes them to train the tokens that all members would."""
+        present = sum(self.members[c] for c in clusters)
+        if not self.hold or not present:
+            return self.inner_steps
+        return round(self.inner_steps * sum(self.members.values()) / present)
+
+    def scale(self, tokens: float) -> float:
+        """The factor of the outer rate in a round with so many tokens."""
+        nominal = self.inner_steps * sum(self.members.values())
+        return math.pow(min(tokens / nominal, 1.0), self.power)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fragment:
-    commit: Committed | None = None
-    previous: Committed | None = None
-    """The commit before, kept for clusters that are one round behind."""
+    chain: tuple[Committed, ...] = ()
+    """The newest commit, last, and those before it whose updates are kept for clusters that are behind."""
+    merged: Merge | None = None
+    """What the newest commit was made of: with the state before it, a second way to have it."""
     arrived: Mapping[str, Arrived] = field(default_factory=dict)
     times: Mapping[str, float] = field(default_factory=dict)
     """Monotonic times of `arrived`."""
     merging: bool = False
+
+    @property
+    def commit(self) -> Committed | None:
+        return self.chain[-1] if self.chain else None
 
     @property
     def version(self) -> int:
@@ -72,8 +97,16 @@ class Fragment:
         return self.commit.contributors if self.commit else ()
 
 
-HISTORY = 64
-"""Arrivals remembered for deadlines."""
+WORTH_A_WORD = 10.0
+"""Seconds that a round has waited before it says for whom."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The inner steps of a round: how many rounds before it took, and how many it takes."""
+
+    position: int
+    steps: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +118,23 @@ class State:
     """Clusters that asked for a plan of the current round."""
     contributed: frozenset[str] = frozenset()
     """Clusters that are part of the previous round."""
+    left: frozenset[str] = frozenset()
+    """Clusters that said they leave."""
+    spans: tuple[Span, Span]
+    """Of the previous round and of the current one."""
     opened: float = 0.0
     witnessed: bool = False
     """Whether this process saw the current round open."""
-    history: tuple[float, ...] = ()
+    pulses: Mapping[str, Pulse] = field(default_factory=dict)
+    beats: Mapping[str, Beat] = field(default_factory=dict)
+    """What each cluster last said of its progress."""
+    said: frozenset[str] = frozenset()
+    """For whom the current round was last said to wait."""
+    history: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Opening → arrival by cluster, seconds, recent rounds."""
     reports: Mapping[int, Mapping[str, RoundReport]] = field(default_factory=dict)
+    reported: Mapping[str, int] = field(default_factory=dict)
+    """The last round that each cluster has reported."""
     closed: int = 0
     """Rounds below this one have been closed."""
     stop_at: int | None = None
@@ -108,28 +153,39 @@ class State:
         return self.round >= self.rules.rounds
 
     def expected(self) -> frozenset[str]:
-        """Whom the current round waits for: whoever takes part in it or took part in the last one; at first, all."""
-        return self.present | (self.contributed if self.round else frozenset(self.rules.members))
+        """Whom the current round waits for: whoever takes part in it or took part in the last one; at first, all. Not
+        for those that have left."""
+        return (self.present | (self.contributed if self.round > 0 else frozenset(self.rules.members))) - self.left
+
+    def span(self, round: int) -> Span:
+        """Of the current round or the one before."""
+        return self.spans[1 if round >= self.round else 0]
 
 
 def initial(rules: Rules) -> State:
-    return State(rules=rules, fragments={name: Fragment() for name in rules.fragments})
+    first = Span(0, rules.inner_steps)
+    return State(rules=rules, fragments={name: Fragment() for name in rules.fragments}, spans=(first, first))
 
 
 def restarted(state: State, now: float) -> State:
     """What a replayed journal comes to in a new process. A merge that was under way is begun anew by the first Tick:
-    its deltas are all here. Of a finished run some clusters may have left already and never ask again."""
+    its deltas are all here. Of a finished run some clusters may have left already and never ask again. Whoever has
+    joined before counts as heard, for it could not be."""
     unmerged = {name: replace(fragment, merging=False) for name, fragment in state.fragments.items()}
     leaving = now if state.finished else None
-    return replace(state, fragments=unmerged, opened=now, witnessed=False, leaving_since=leaving)
+    pulses = {cluster: Pulse(now) for cluster in state.epochs}
+    return replace(state, fragments=unmerged, opened=now, witnessed=False, leaving_since=leaving, pulses=pulses)
 
 
 def step(state: State, event: Event, now: float) -> tuple[State, tuple[Effect, ...]]:
     """Apply one event. `now` is monotonic seconds of whoever runs the machine."""
+    if isinstance(event, Joined | Arrived | Planned | Heard):
+        pulse = heard(state.pulses.get(event.cluster), now)
+        state = replace(state, pulses={**state.pulses, event.cluster: pulse})
     match event:
         case Joined():
             state = replace(state, epochs={**state.epochs, event.cluster: event.epoch})
-            return replace(state, gone=state.gone - {event.cluster}), ()
+            return replace(state, gone=state.gone - {event.cluster}, left=state.left - {event.cluster}), ()
         case Arrived():
             return _arrived(state, event, now)
         case Committed():
@@ -138,10 +194,13 @@ def step(state: State, event: Event, now: float) -> tuple[State, tuple[Effect, .
             return _planned(state, event, now)
         case Reported():
             return _reported(state, event)
+        case Heard():
+            return _heard(state, event, now)
         case Tick():
             state, effects = _due(state, now)
             state, closing = _close(state, over=state.finished and _left(state, now))
-            return state, (*effects, *closing)
+            state, waiting = _say(state, now)
+            return state, (*effects, *closing, *waiting)
         case Stopping():
             if state.stop_at is not None:
                 return state, ()
@@ -159,26 +218,59 @@ def _arrived(state: State, event: Arrived, now: float) -> tuple[State, tuple[Eff
         arrived={**fragment.arrived, event.cluster: event},
         times={**fragment.times, event.cluster: now},
     )
-    history = state.history if event.seconds is None else (*state.history, event.seconds)[-HISTORY:]
-    state = replace(state, history=history, fragments={**state.fragments, event.fragment: fragment})
+    if event.seconds is not None:
+        recent = (*state.history.get(event.cluster, ()), event.seconds)[-HISTORY:]
+        state = replace(state, history={**state.history, event.cluster: recent})
+    state = replace(state, fragments={**state.fragments, event.fragment: fragment})
     return _due(state, now)
+
+
+def _heard(state: State, event: Heard, now: float) -> tuple[State, tuple[Effect, ...]]:
+    if event.beat is None:
+        return state, ()
+    state = replace(state, beats={**state.beats, event.cluster: event.beat})
+    if not event.beat.leaving:
+        return state, ()
+    left, present = state.left | {event.cluster}, state.present - {event.cluster}
+    return _due(replace(state, left=left, present=present, gone=state.gone | {event.cluster}), now)
 
 
 def _committed(state: State, event: Committed, now: float) -> tuple[State, tuple[Effect, ...]]:
     before = state.round
-    fragment = Fragment(commit=event, previous=state.fragments[event.fragment].commit)
+    old = state.fragments[event.fragment]
+    arrivals = tuple(old.arrived[c] for c in event.contributors)
+    fragment = Fragment(chain=_kept((*old.chain, event)), merged=_merge(state.rules, event.version, arrivals))
     state = replace(state, fragments={**state.fragments, event.fragment: fragment})
-    if state.round == before:
+    if state.round == before or state.round == 0:
         return state, ()
     contributed = frozenset(c for f in state.fragments.values() for c in f.contributors)
-    state = replace(state, present=frozenset(), contributed=contributed, opened=now, witnessed=True)
-    return _close(state)
+    over = state.spans[1]
+    span = Span(over.position + over.steps, state.rules.steps(contributed))
+    state = replace(state, present=frozenset(), contributed=contributed, spans=(over, span), said=frozenset())
+    return _close(replace(state, opened=now, witnessed=True))
+
+
+def _kept(chain: tuple[Committed, ...]) -> tuple[Committed, ...]:
+    """The newest two commits, and those before them from which a cluster catches up with half the bytes of the whole
+    state or less."""
+    first, size = max(len(chain) - 2, 0), sum(commit.update_bytes for commit in chain[-2:])
+    while first > 0 and (size := size + chain[first - 1].update_bytes) <= chain[-1].state_bytes // 2:
+        first -= 1
+    return chain[first:]
+
+
+def _merge(rules: Rules, version: int, arrivals: tuple[Arrived, ...]) -> Merge | None:
+    """`arrivals` in the order of sums."""
+    if not arrivals:
+        return None
+    return Merge(arrivals[0].fragment, version, arrivals, rules.scale(sum(arrival.weight for arrival in arrivals)))
 
 
 def _reported(state: State, event: Reported) -> tuple[State, tuple[Effect, ...]]:
-    of_round = {**state.reports.get(event.report.round, {}), event.cluster: event.report}
+    state = replace(state, reported={**state.reported, event.cluster: event.report.round})
     if event.report.round < state.closed:
-        return state, ()  # said again, or too late to matter
+        return state, ()  # too late for the round's figures
+    of_round = {**state.reports.get(event.report.round, {}), event.cluster: event.report}
     return _close(replace(state, reports={**state.reports, event.report.round: of_round}))
 
 
@@ -210,21 +302,43 @@ def _due(state: State, now: float) -> tuple[State, tuple[Effect, ...]]:
         if enough and (complete or (until is not None and now >= until)):
             fragments[name] = replace(fragment, merging=True)
             arrivals = tuple(fragment.arrived[c] for c in state.rules.members if c in fragment.arrived)
-            effects.append(Merge(name, fragment.version + 1, arrivals))
+            merge = _merge(state.rules, fragment.version + 1, arrivals)
+            effects += [merge] if merge else []
         elif not enough and until is not None and now >= until:
-            effects.append(QuorumLost(state.round, tuple(sorted(fragment.arrived))))
+            return _pause(state, fragment, now)
     return replace(state, fragments=fragments), tuple(effects)
 
 
+def _pause(state: State, fragment: Fragment, now: float) -> tuple[State, tuple[Effect, ...]]:
+    """The quorum is lost: whoever waits is told to stop. Everything stays as it is, for the day the others are back;
+    for them, the whole `max_stall` has been waited already."""
+    gone = state.gone | (state.expected() - fragment.arrived.keys())
+    lost = QuorumLost(state.round, tuple(sorted(fragment.arrived)))
+    state = replace(state, stop_at=state.round, stop_reason="the quorum is lost", leaving_since=now, gone=gone)
+    return state, (lost,)
+
+
 def _deadline(state: State, fragment: Fragment) -> float | None:
+    missing = state.expected() - fragment.arrived.keys()
     return deadline(
+        {cluster: state.pulses.get(cluster) for cluster in missing},
         opened=state.opened if state.witnessed else max(fragment.times.values()),
         arrivals=tuple(fragment.times.values()),
         quorum=state.rules.quorum,
         history=state.history,
-        clusters=len(state.rules.members),
         max_stall=state.rules.max_stall,
     )
+
+
+def _say(state: State, now: float) -> tuple[State, tuple[Effect, ...]]:
+    """Once per set of missing clusters."""
+    if _stopped(state):
+        return state, ()
+    waited = [now - max(f.times.values()) for f in state.fragments.values() if f.arrived and not f.merging]
+    missing = waiting(state, now) if waited and max(waited) >= WORTH_A_WORD else {}
+    if missing.keys() <= state.said:
+        return state, ()
+    return replace(state, said=frozenset(missing)), (Waiting(state.round, missing),)
 
 
 # --- questions ----------------------------------------------------------------------------------------------------
@@ -239,6 +353,25 @@ def receipt(state: State, cluster: str, fragment: str, round: int) -> Literal["a
         return "accept"
     part_of = at.arrived if round == at.version else at.contributors if round == at.version - 1 else ()
     return "duplicate" if cluster in part_of else "late"
+
+
+def waiting(state: State, now: float) -> dict[str, str]:
+    """Whom the current round waits for, and what is known of each."""
+    collecting = [f for f in state.fragments.values() if f.version == state.round and not f.merging]
+    begun = [f for f in collecting if f.arrived] or collecting
+    missing = sorted({c for f in begun for c in state.expected() - f.arrived.keys()})
+    return {cluster: _known(state, cluster, now) for cluster in missing}
+
+
+def _known(state: State, cluster: str, now: float) -> str:
+    pulse, beat = state.pulses.get(cluster), state.beats.get(cluster)
+    if pulse is None:
+        return "never heard"
+    if now >= pulse.silent_at:
+        return f"silent for {now - pulse.last:.0f} s"
+    if beat is not None and beat.round == state.round and beat.step < beat.steps:
+        return f"at inner step {beat.step} of {beat.steps}"
+    return "alive, its delta is not here yet"
 
 
 def ended(state: State, now: float) -> Literal["completed", "stopped"] | None:
@@ -297,15 +430,17 @@ def _train(state: State, cluster: str, round: int, versions: Mapping[str, int]) 
     return RoundPlan(
         action="train",
         round=round,
-        inner_steps=rules.inner_steps if versions else 0,
+        inner_steps=state.span(round).steps if versions else 0,
+        position=state.span(round).position,
         fragments={name: version for name, version in versions.items() if version == round},
-        eval_index=rules.members.index(cluster),
+        eval_index=list(rules.members).index(cluster),
         eval_count=len(rules.members) if evaluate else 0,
     )
 
 
 def _planned(state: State, event: Planned, now: float) -> tuple[State, tuple[Effect, ...]]:
     answer = plan(state, event.cluster, event.held)
+    state = replace(state, left=state.left - {event.cluster})
     if answer.action in ("done", "stop"):
         since = now if state.leaving_since is None else state.leaving_since
         return replace(state, gone=state.gone | {event.cluster}, leaving_since=since), ()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from nebula.types import Held, RoundReport
+from nebula.types import Beat, Held, RoundReport
 
 # --- events -------------------------------------------------------------------------------------------------------
 
@@ -35,13 +35,16 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Committed:
-    """Version `version` of a fragment is on disk. `contributors` in merge order. Version 0 has none."""
+    """Version `version` of a fragment is on disk. `contributors` in merge order. Version 0 has none. `update_bytes` and
+    `state_bytes`: what it takes to send the step from the version before, or the whole fragment."""
 
     fragment: str
     version: int
     digest: str
     contributors: tuple[str, ...] = ()
     blobs: Mapping[str, str] = field(default_factory=dict)
+    update_bytes: int = 0
+    state_bytes: int = 0
     norm: float = 0.0
     seconds: float = 0.0
 
@@ -62,6 +65,14 @@ class Reported:
     report: RoundReport
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """A cluster lives. Not journaled: it will say so again."""
+
+    cluster: str
+    beat: Beat | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
@@ -74,18 +85,20 @@ class Stopping:
     reason: str
 
 
-Event: TypeAlias = Joined | Arrived | Committed | Planned | Reported | Tick | Stopping
+Event: TypeAlias = Joined | Arrived | Committed | Planned | Reported | Heard | Tick | Stopping
 
 # --- effects ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """Average these deltas in this order, step the outer optimizer, answer with Committed."""
+    """Average these deltas in this order, step the outer optimizer with its rate times `scale`, answer with
+    Committed."""
 
     fragment: str
     version: int
     arrivals: tuple[Arrived, ...]
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +119,14 @@ class Alarm:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """A round waits, longer than is worth a word, for these clusters: what is known of each."""
+
+    round: int
+    missing: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class QuorumLost:
     """`max_stall` has passed with too few deltas; the run pauses."""
 
@@ -113,4 +134,4 @@ class QuorumLost:
     arrived: tuple[str, ...]
 
 
-Effect: TypeAlias = Merge | RoundClosed | Alarm | QuorumLost
+Effect: TypeAlias = Merge | RoundClosed | Alarm | Waiting | QuorumLost

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Iterator
 from math import isfinite
-from pathlib import Path
 
+from nebula.checkpoint.ledger import Ledger
+from nebula.clock import REAL, Clock
 from nebula.config import Agreement
 from nebula.errors import AuthError, FrameError, PacketError
 from nebula.federation import coordinator as machine
@@ -15,20 +15,21 @@ from nebula.federation.coordinator import Fragment, State
 from nebula.federation.events import (
     Arrived,
     Committed,
+    Heard,
     Joined,
     Planned,
     Reported,
 )
+from nebula.federation.journal import Journal
 from nebula.federation.merge import largest_payload, read_delta
 from nebula.federation.sessions import Sessions, check_peer
 from nebula.federation.shell import Shell
-from nebula.metrics.events import EventLog
 from nebula.proto.v1 import run_pb2 as pb
 from nebula.proto.v1.packet_pb2 import Frame
 from nebula.security.pki import Identity
 from nebula.security.session import answer
 from nebula.types import ROLE, RoundReport
-from nebula.wan.messages import held_of, plan_response, report_of
+from nebula.wan.messages import beat_of, held_of, plan_response, report_of
 from nebula.wan.transport import payload_context, send
 
 LONG_POLL = 10.0
@@ -37,7 +38,7 @@ never so long that the agent takes it for silence."""
 
 
 class Hub(Shell):
-    """One run's coordinator. `folder` keeps journal and blobs; `tokenizer` is handed to whoever joins.
+    """One run's coordinator. `tokenizer` is handed to whoever joins.
 
     `peer` arguments are the cluster named by the client certificate, None where no TLS is in between."""
 
@@ -46,11 +47,12 @@ class Hub(Shell):
         agreement: Agreement,
         tokenizer: bytes,
         identity: Identity,
-        folder: Path,
-        events: EventLog,
-        clock: Callable[[], float] = time.monotonic,
+        journal: Journal,
+        ledger: Ledger,
+        emit: Callable[..., None],
+        clock: Clock = REAL,
     ) -> None:
-        super().__init__(agreement, folder, events, clock)
+        super().__init__(agreement, journal, ledger, emit, clock)
         self._tokenizer = tokenizer
         self._identity = identity
         self._sessions = Sessions()
@@ -66,7 +68,13 @@ class Hub(Shell):
             )
         with self._changed:
             epoch = self._state.epochs.get(cluster, 0) + 1
-            reply, session = answer(self._identity, request.offer, epoch=epoch, agreement=self.agreement.digest())
+            reply, session = answer(
+                self._identity,
+                request.offer,
+                epoch=epoch,
+                term=self._journal.term,
+                agreement=self.agreement.digest(),
+            )
             self._apply(Joined(cluster=cluster, epoch=epoch))
             self._sessions.answered(session)
         self._tell("joined", cluster=cluster, epoch=epoch)
@@ -76,16 +84,23 @@ class Hub(Shell):
     def plan(self, peer: str | None, frames: Iterable[Frame]) -> Iterator[Frame]:
         session, request, _ = self._sessions.head(peer, frames, pb.PlanRequest, b"plan")
         held, report = held_of(request), report_of(request)
-        if report is not None:
-            self._check_report(session.cluster, report)
         if held.keys() != self._state.fragments.keys():
             raise PacketError(f"cluster {session.cluster} names fragments that this run does not have")
         with self._changed:
-            if report is not None and not self._said_before(session.cluster, report.round):
+            if report is not None and report.round > self._state.reported.get(session.cluster, -1):
+                self._check_report(session.cluster, report)
                 self._apply(Reported(cluster=session.cluster, report=report))
             self._apply(Planned(cluster=session.cluster, held=held))
             reply = machine.plan(self._state, session.cluster, held)
         yield from send(session.send, plan_response(reply), b"plan-answer")
+
+    def beat(self, peer: str | None, frames: Iterable[Frame]) -> Iterator[Frame]:
+        session, request, _ = self._sessions.head(peer, frames, pb.BeatRequest, b"beat")
+        beat = beat_of(request)
+        self._apply(Heard(cluster=session.cluster, beat=beat))
+        if beat.leaving:
+            self._tell("left", cluster=session.cluster)
+        yield from send(session.send, pb.BeatResponse(), b"beat-answer")
 
     def push(self, peer: str | None, frames: Iterable[Frame]) -> Iterator[Frame]:
         session, head, stream = self._sessions.head(peer, frames, pb.PushHead, b"push")
@@ -93,7 +108,7 @@ class Hub(Shell):
         if head.role != ROLE or shapes is None:
             raise PacketError(f"no fragment {head.fragment!r} in role {head.role!r}")
         limit = largest_payload(shapes, self.agreement.members[session.cluster].ranks)
-        payload = session.receive.open(stream, context=payload_context(head), limit=limit)
+        payload = session.receive.open(self._noted(session.cluster, stream), context=payload_context(head), limit=limit)
         yield from send(session.send, pb.Receipt(status=self._deliver(session.cluster, head, payload)), b"receipt")
 
     def pull(self, peer: str | None, frames: Iterable[Frame]) -> Iterator[Frame]:
@@ -105,25 +120,29 @@ class Hub(Shell):
         if head.status == pb.PullHead.STATUS_READY:
             yield from session.send.seal(payload, context=payload_context(head))
 
+    def _noted(self, cluster: str, frames: Iterator[Frame]) -> Iterator[Frame]:
+        """Whose payload moves is alive, however long it takes."""
+        for frame in frames:
+            self._apply(Heard(cluster=cluster))
+            yield frame
+
     # --- parts ----------------------------------------------------------------------------------------------------
 
     def _check_report(self, cluster: str, report: RoundReport) -> None:
         """What a cluster says of itself is bounded by what can be true, as its weight is."""
-        run, most = self.agreement.run, self.agreement.tokens_per_round(cluster)
-        possible = report.round <= self._state.round and report.steps <= run.inner_steps and report.tokens <= most
+        old = report.round < self._state.round - 1
+        steps = self._state.rules.steps([cluster]) if old else self._state.span(report.round).steps
+        most = steps * self.agreement.tokens_per_step(cluster)
+        possible = report.round <= self._state.round and report.steps <= steps and report.tokens <= most
         figures = (report.loss, report.compute_s, report.stall_s, report.rtt_s)
         if not (possible and all(map(isfinite, figures)) and (report.eval is None or isfinite(report.eval.loss_sum))):
             raise PacketError(f"cluster {cluster} reports what cannot be: {report}")
-
-    def _said_before(self, cluster: str, round: int) -> bool:
-        return round < self._state.closed or cluster in self._state.reports.get(round, {})
 
     def _deliver(self, cluster: str, head: pb.PushHead, payload: bytes) -> pb.Receipt.Status.ValueType:
         if hashlib.sha256(payload).digest() != head.sha256:
             raise FrameError("hash", f"the delta of {cluster} does not match the digest its head states")
         if head.base != head.round:
             raise PacketError(f"a delta of round {head.round} is measured against version {head.base}")
-        most = self.agreement.tokens_per_round(cluster)
         if not (isfinite(head.weight) and head.weight >= 1):  # the sum of tiny ones vanishes in fp32
             raise PacketError(f"weight {head.weight} of {cluster} is not a positive number of tokens")
         verdict = self._verdict(cluster, head)
@@ -133,6 +152,7 @@ class Hub(Shell):
                 blob = self._guard(lambda: self._ledger.put(payload))
                 verdict = self._verdict(cluster, head)  # a deadline may have passed while the delta was checked
                 if verdict == "accept":
+                    most = self._state.span(head.round).steps * self.agreement.tokens_per_step(cluster)
                     self._accept(cluster, head, blob, min(head.weight, most))
         if verdict == "late":
             self._tell("late", cluster=cluster, round=head.round, fragment=head.fragment)
@@ -152,7 +172,7 @@ class Hub(Shell):
         before = self._state.fragments[head.fragment].arrived.get(cluster)
         if before is not None and before.blob == blob:
             return
-        seconds = self._clock() - self._state.opened if self._state.witnessed else None
+        seconds = self._clock.now() - self._state.opened if self._state.witnessed else None
         self._apply(
             Arrived(
                 cluster=cluster,
@@ -170,14 +190,14 @@ class Hub(Shell):
 
     def _find(self, request: pb.PullRequest) -> tuple[pb.PullHead, bytes]:
         """Wait up to a long poll for what is asked."""
-        until = self._clock() + min(LONG_POLL, self.agreement.run.membership.max_stall / 2)
+        until = self._clock.now() + min(LONG_POLL, self.agreement.run.membership.max_stall / 2)
         with self._changed:
             while True:
                 if self._failure is not None:
                     raise self._failure
                 fragment = self._state.fragments[request.fragment]
                 status, commit = _status(self._state, fragment, request)
-                left = until - self._clock()
+                left = until - self._clock.now()
                 if status != pb.PullHead.STATUS_PENDING or left <= 0:
                     break
                 self._changed.wait(left)
@@ -199,8 +219,8 @@ def _status(
 ) -> tuple[pb.PullHead.Status.ValueType, Committed | None]:
     if request.kind == pb.PullRequest.KIND_STATE:
         return pb.PullHead.STATUS_READY, fragment.commit
-    for commit in (fragment.commit, fragment.previous):
-        if commit is not None and commit.version == request.version and commit.version > 0:
+    for commit in fragment.chain:
+        if commit.version == request.version and commit.version > 0:
             return pb.PullHead.STATUS_READY, commit
     if request.version <= fragment.version:
         return pb.PullHead.STATUS_GONE, None

@@ -5,7 +5,6 @@ in a fixed order, so a merge repeated after a crash gives the same bytes."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
@@ -13,6 +12,7 @@ from math import prod, sqrt
 from torch import Tensor
 
 from nebula.checkpoint.ledger import Ledger
+from nebula.clock import Clock
 from nebula.config import Agreement
 from nebula.errors import JournalError, PacketError
 from nebula.federation.aggregate import Shapes, WeightedMean, check_tiling
@@ -73,8 +73,9 @@ class FragmentState:
 class Merger:
     """Owns the tensors of every fragment; the state machine owns which version they are."""
 
-    def __init__(self, agreement: Agreement, ledger: Ledger) -> None:
+    def __init__(self, agreement: Agreement, ledger: Ledger, clock: Clock) -> None:
         self.shapes = fragment_shapes(agreement)
+        self._clock = clock
         self._run = agreement.run
         self._ledger = ledger
         self._states: dict[str, FragmentState] = {}
@@ -84,31 +85,46 @@ class Merger:
         for fragment, shapes in self.shapes.items():
             params = {name: initial(name, shape, self._run.model, self._run.seed) for name, shape in shapes.items()}
             self._states[fragment] = FragmentState(params, {}, Encoder(self._run.wan.down))
+            blobs = {"params": self._write(params)}
             yield Committed(
-                fragment=fragment, version=0, digest=state_digest(params), blobs={"params": self._write(params)}
+                fragment=fragment,
+                version=0,
+                digest=state_digest(params),
+                blobs=blobs,
+                state_bytes=self._ledger.size(blobs["params"]),
             )
 
-    def restore(self, commits: Mapping[str, Committed]) -> None:
-        """Load every fragment's committed state. Raises JournalError if a blob is missing or corrupt."""
-        for fragment, commit in commits.items():
-            blobs = commit.blobs
-            encoder = Encoder(self._run.wan.down)
-            if "residual" in blobs:
-                encoder.restore(_whole_slices(self._read(blobs["residual"])))
-            momentum = self._read(blobs["momentum"]) if "momentum" in blobs else {}
-            params = self._read(blobs["params"])
-            check_digest(params, commit.digest)
-            self._states[fragment] = FragmentState(params, momentum, encoder)
+    def restore(self, commit: Committed) -> None:
+        """Load a fragment's committed state. Raises JournalError if a blob is missing or corrupt."""
+        blobs = commit.blobs
+        encoder = Encoder(self._run.wan.down)
+        if "residual" in blobs:
+            encoder.restore(_whole_slices(self._read(blobs["residual"])))
+        momentum = self._read(blobs["momentum"]) if "momentum" in blobs else {}
+        params = self._read(blobs["params"])
+        check_digest(params, commit.digest)
+        for kind, blob in blobs.items():
+            if kind == "update":  # not needed here, but clusters will ask for it
+                self._ledger.get(blob)
+        self._states[commit.fragment] = FragmentState(params, momentum, encoder)
+
+    def repair(self, previous: Committed, effect: Merge, commit: Committed) -> None:
+        """Have a commit whose blobs are damaged once more: merge its deltas again, onto the state before it. Raises
+        JournalError if those are damaged, too, or the result is another one."""
+        self.restore(previous)
+        again = self.merge(effect)
+        if (again.digest, again.blobs) != (commit.digest, commit.blobs):
+            raise JournalError(f"merging {effect.fragment} version {effect.version} again gave another result")
 
     def merge(self, effect: Merge) -> Committed:
         """Average, step, encode the update, apply what was encoded, store. Raises OSError if the disk is full."""
-        start = time.monotonic()
+        start = self._clock.now()
         state, shapes = self._states[effect.fragment], self.shapes[effect.fragment]
         mean = WeightedMean(shapes)
         for arrival in effect.arrivals:
             mean.add(self._delta(arrival, shapes, effect.version - 1))
         delta = mean.result()
-        update, momentum = outer_step(self._run.outer, delta, state.momentum)
+        update, momentum = outer_step(self._run.outer, delta, state.momentum, effect.scale)
         packet = state.encoder.encode(_whole_slices(update))
         applied = decode(packet, max_elements=2 * sum(u.numel() for u in update.values()) + 65536)
         params = {where.name: state.params[where.name] + values for where, values in applied.items()}
@@ -125,8 +141,10 @@ class Merger:
             digest=state_digest(params),
             contributors=tuple(arrival.cluster for arrival in effect.arrivals),
             blobs=blobs,
+            update_bytes=self._ledger.size(blobs["update"]),
+            state_bytes=self._ledger.size(blobs["params"]),
             norm=sqrt(sum(float(d.square().sum()) for d in delta.values())),
-            seconds=time.monotonic() - start,
+            seconds=self._clock.now() - start,
         )
 
     def _delta(self, arrival: Arrived, shapes: Shapes, base: int) -> Delta:

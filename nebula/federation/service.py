@@ -39,10 +39,13 @@ class Service(FederationServicer):
         self._authority = authority_pem
 
     def Join(self, request: JoinRequest, context: grpc.ServicerContext) -> JoinResponse:
-        return self._translated(context, lambda peer: self._hub.join(peer, request))
+        return self._translated(context, self._caller(context), lambda peer: self._hub.join(peer, request))
 
     def Plan(self, frames: Iterator[Frame], context: grpc.ServicerContext) -> Iterator[Frame]:
         return self._stream(context, self._hub.plan, frames)
+
+    def Beat(self, frames: Iterator[Frame], context: grpc.ServicerContext) -> Iterator[Frame]:
+        return self._stream(context, self._hub.beat, frames)
 
     def Push(self, frames: Iterator[Frame], context: grpc.ServicerContext) -> Iterator[Frame]:
         return self._stream(context, self._hub.push, frames)
@@ -53,15 +56,18 @@ class Service(FederationServicer):
     def _stream(
         self, context: Any, call: Callable[[str, Iterator[Frame]], Iterator[Frame]], frames: Iterator[Frame]
     ) -> Iterator[Frame]:
-        answer = self._translated(context, lambda peer: call(peer, _whole(frames)))
-        while (frame := self._translated(context, lambda _: next(answer, None))) is not None:
+        peer = self._caller(context)
+        answer = self._translated(context, peer, lambda peer: call(peer, _whole(frames)))
+        while (frame := self._translated(context, peer, lambda _: next(answer, None))) is not None:
             yield frame
 
-    def _translated(self, context: Any, act: Callable[[str], T]) -> T:
-        """Run `act` as the peer its certificate names; a refusal is counted and becomes a status."""
-        peer = "unknown"
+    def _caller(self, context: Any) -> str:
+        """Whom the client certificate names."""
+        return self._translated(context, "unknown", lambda _: self._peer(context))
+
+    def _translated(self, context: Any, peer: str, act: Callable[[str], T]) -> T:
+        """Run `act` for `peer`; a refusal is counted and becomes a status."""
         try:
-            peer = self._peer(context)
             return act(peer)
         except tuple(kind for kind, _ in STATUS) as error:
             if isinstance(error, (AuthError, PacketError)) and not isinstance(error, SessionError):
@@ -85,8 +91,8 @@ def _whole(frames: Iterator[Frame]) -> Iterator[Frame]:
 
 def serve(hub: Hub, identity: Identity, host: str, port: int) -> tuple[grpc.Server, int]:
     """Start listening. Returns server and port (chosen if 0 was asked). Raises PreflightError if it is taken."""
-    # Every cluster may have a push and a pull waiting per fragment, and a plan.
-    waiting = len(hub.agreement.members) * (2 * hub.agreement.run.fragments + 1)
+    # Every cluster may have a push and a pull waiting per fragment, and a plan, and a beat.
+    waiting = len(hub.agreement.members) * (2 * hub.agreement.run.fragments + 2)
     server = grpc.server(
         ThreadPoolExecutor(max_workers=waiting + 4), options=(*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0))
     )

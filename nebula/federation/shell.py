@@ -8,20 +8,19 @@ top of it.
 from __future__ import annotations
 
 import errno
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Literal, TypeVar
 
 from nebula.checkpoint.ledger import Ledger
+from nebula.clock import Clock, Task
 from nebula.config import Agreement
-from nebula.errors import NebulaError, PreflightError, QuorumError
+from nebula.errors import JournalError, NebulaError, PreflightError, QuorumError
 from nebula.federation import coordinator as machine
 from nebula.federation import narrate
-from nebula.federation.coordinator import Rules, State
+from nebula.federation.coordinator import Fragment, Rules, State
 from nebula.federation.events import (
     Alarm,
     Effect,
@@ -33,49 +32,66 @@ from nebula.federation.events import (
     RoundClosed,
     Stopping,
     Tick,
+    Waiting,
 )
 from nebula.federation.journal import JOURNALED, Journal
 from nebula.federation.merge import Merger
 from nebula.federation.tally import Tally
-from nebula.metrics.events import EventLog
 from nebula.wan.digest import global_digest
 
 T = TypeVar("T")
 
 
 class Shell:
-    """One run's state, durable in `folder`, where journal and blobs are. `tally` adds up what happened."""
+    """One run's state, durable in `journal`, which it closes, and `ledger`. `emit(kind, **fields)` records events,
+    `tally` adds it up."""
 
-    def __init__(self, agreement: Agreement, folder: Path, events: EventLog, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, agreement: Agreement, journal: Journal, ledger: Ledger, emit: Callable[..., None], clock: Clock
+    ) -> None:
         self.agreement = agreement
-        self._events = events
+        self._emit = emit
         self._clock = clock
-        self._changed = threading.Condition()
-        self._ledger = Ledger(folder / "blobs")
-        self._merger = Merger(agreement, self._ledger)
-        self._journal = Journal(folder / "journal.sqlite", agreement=agreement.digest())
+        self._changed = clock.condition()
+        self._ledger = ledger
+        self._merger = Merger(agreement, ledger, clock)
+        self._journal = journal
         self._failure: NebulaError | None = None
+        self._pause: QuorumError | None = None
         params = sum(prod(shape) for shapes in self._merger.shapes.values() for shape in shapes.values())
         self.tally = Tally(params)
-        self._merges: queue.SimpleQueue[Merge | None] = queue.SimpleQueue()
+        self._merges: deque[Merge] = deque()
         self._state = self._recover(machine.initial(rules_of(agreement, tuple(self._merger.shapes))))
-        self._thread = threading.Thread(target=self._merge_all, name="merge", daemon=True)
-        self._thread.start()
+        self._task = Task(clock, "merge", self._merge_all)
         self._apply(Tick())
 
     def _recover(self, state: State) -> State:
         for event in self._journal.replay():
-            state, effects = machine.step(state, event, self._clock())
+            state, effects = machine.step(state, event, self._clock.now())
             self._count(event, effects)
         if any(f.commit is None for f in state.fragments.values()):
             for event in self._merger.found():
                 if state.fragments[event.fragment].commit is None:  # else a crash came in between
                     self._journal.append(event)
-                    state, _ = machine.step(state, event, self._clock())
+                    state, _ = machine.step(state, event, self._clock.now())
         else:
-            self._merger.restore({name: f.commit for name, f in state.fragments.items() if f.commit})
-        self._ledger.keep(_live_blobs(state))
-        return machine.restarted(state, self._clock())
+            for fragment in state.fragments.values():
+                self._restore(fragment)
+        self._ledger.begin(_live_blobs(state))
+        return machine.restarted(state, self._clock.now())
+
+    def _restore(self, fragment: Fragment) -> None:
+        """Load a fragment. Blobs that were damaged are had once more from the state before them, if that is there."""
+        *_, newest = fragment.chain
+        where = {"fragment": newest.fragment, "version": newest.version}
+        try:
+            self._merger.restore(newest)
+        except JournalError as error:
+            self._tell("alarm", kind="damaged_blob", detail=str(error), **where)
+            if fragment.merged is None or len(fragment.chain) < 2:
+                raise
+            self._merger.repair(fragment.chain[-2], fragment.merged, newest)
+            self._tell("repaired", **where)
 
     @property
     def state(self) -> State:
@@ -93,15 +109,18 @@ class Shell:
         self._apply(Stopping(reason))
 
     def ended(self) -> Literal["completed", "stopped"] | None:
-        return machine.ended(self._state, self._clock())
+        """How the run ended. Raises QuorumError if it pauses for want of clusters."""
+        state = machine.ended(self._state, self._clock.now())
+        if state == "stopped" and self._pause is not None:
+            raise self._pause
+        return state
 
     def close(self) -> None:
-        self._merges.put(None)
-        self._thread.join()
         with self._changed:
             self._failure = self._failure or NebulaError("this coordinator was closed")
             self._changed.notify_all()  # nobody waits for what will not come
-            self._journal.close()
+        self._task.wait()
+        self._journal.close()
 
     def rejected(self, cluster: str, reason: str) -> None:
         """Count a frame or delta that was refused."""
@@ -115,7 +134,7 @@ class Shell:
                 raise self._failure
             if isinstance(event, JOURNALED):
                 self._guard(lambda: self._journal.append(event))
-            self._state, effects = machine.step(self._state, event, self._clock())
+            self._state, effects = machine.step(self._state, event, self._clock.now())
             self._count(event, effects)
             for effect in effects:
                 self._guard(partial(self._perform, effect))
@@ -133,7 +152,7 @@ class Shell:
     def _perform(self, effect: Effect) -> None:
         match effect:
             case Merge():
-                self._merges.put(effect)
+                self._merges.append(effect)
             case RoundClosed():
                 for kind, fields in narrate.round_closed(
                     effect.round, effect.reports, self.tally, self.global_digest()
@@ -141,17 +160,26 @@ class Shell:
                     self._tell(kind, **fields)
             case Alarm():
                 self._tell("alarm", kind=effect.kind, cluster=effect.cluster, detail=effect.detail)
+            case Waiting():
+                self._tell("waiting", round=effect.round, missing=dict(effect.missing))
             case QuorumLost():
                 membership = self.agreement.run.membership
-                self._failure = self._failure or QuorumError(
+                self._pause = QuorumError(
                     f"round {effect.round} has deltas of {len(effect.arrived)} clusters "
                     f"({', '.join(effect.arrived)}), its quorum is {membership.quorum}, and max_stall "
                     f"({membership.max_stall:g} s) has passed",
                     hint="bring the missing clusters back, then `nebula resume` goes on from the last commit",
                 )
+                self._tell("paused", round=effect.round, arrived=list(effect.arrived), reason=self._pause.message)
 
     def _merge_all(self) -> None:
-        while (effect := self._merges.get()) is not None:
+        while True:
+            with self._changed:
+                while not self._merges and self._failure is None:
+                    self._changed.wait()
+                if self._failure is not None:
+                    return
+                effect = self._merges.popleft()
             try:
                 self._guard(partial(self._merge, effect))
             except NebulaError:
@@ -166,7 +194,7 @@ class Shell:
             self._ledger.keep(_live_blobs(self._state))
 
     def _tell(self, event: str, /, **fields: object) -> None:
-        self._guard(lambda: self._events.emit(event, **fields))
+        self._guard(lambda: self._emit(event, **fields))
 
     def _guard(self, act: Callable[[], T]) -> T:
         """Anything that fails while writing ends this coordinator: nothing may be acknowledged on top of it."""
@@ -179,24 +207,34 @@ class Shell:
             raise self._failure from error
 
 
+POWERS = {"constant": 0.0, "sqrt": 0.5, "linear": 1.0}
+
+
 def rules_of(agreement: Agreement, fragments: tuple[str, ...]) -> Rules:
     run = agreement.run
     return Rules(
-        members=tuple(sorted(agreement.members)),
+        members={name: agreement.tokens_per_step(name) for name in sorted(agreement.members)},
         fragments=fragments,
         rounds=run.rounds,
         inner_steps=run.inner_steps,
         evaluate_every=run.evaluate_every,
         quorum=run.membership.quorum,
         max_stall=run.membership.max_stall,
+        hold=run.membership.global_batch == "hold",
+        power=POWERS[run.membership.outer_lr],
     )
 
 
 def _live_blobs(state: State) -> set[str]:
-    """What the journal's newest two commits and the deltas of the current round refer to."""
-    commits = [c for f in state.fragments.values() for c in (f.commit, f.previous) if c is not None]
-    deltas = {a.blob for f in state.fragments.values() for a in f.arrived.values()}
-    return deltas.union(*(commit.blobs.values() for commit in commits))
+    """The newest two states of every fragment, the updates of its chain, the deltas of the newest commit and of the
+    current round."""
+    live: set[str] = set()
+    for fragment in state.fragments.values():
+        live |= {commit.blobs["update"] for commit in fragment.chain if "update" in commit.blobs}
+        live |= {blob for commit in fragment.chain[-2:] for blob in commit.blobs.values()}
+        live |= {arrival.blob for arrival in fragment.arrived.values()}
+        live |= {arrival.blob for arrival in (fragment.merged.arrivals if fragment.merged else ())}
+    return live
 
 
 def _fatal(error: Exception) -> NebulaError:

@@ -19,6 +19,7 @@ class ClusterTally:
     stall_s: float = 0.0
     joins: int = 0
     rounds: int = 0
+    life: int = 0
     carried: dict[str, int] = field(default_factory=dict)
     latest: dict[str, int] = field(default_factory=dict)
 
@@ -38,7 +39,8 @@ class ClusterTally:
             "payload_down": report.payload_down_bytes,
             "retries": report.retries,
         }
-        if any(now[key] < self.latest.get(key, 0) for key in now):  # a new process counts from zero
+        if report.life != self.life:  # a new process counts from zero
+            self.life = report.life
             self.carried = {key: self.carried.get(key, 0) + self.latest.get(key, 0) for key in now}
         self.latest = now
 

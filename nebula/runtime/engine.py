@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from nebula.errors import NebulaError, RankFailure
-from nebula.types import Evaluation, Held, Packets, Payload, Report, StartReport
+from nebula.types import Evaluation, Held, Packets, Payload, Report, StartReport, Steps
 from nebula.wan.digest import Lanes, fragment_digest
 
 GRACE = 2.0
@@ -78,8 +78,8 @@ class GroupEngine:
             for fragment, version in versions.items()
         }
 
-    def train(self, round: int, first: int, steps: int, total: int) -> Report:
-        report: Report = self._running.call("train", round, first, steps, total)[0]
+    def train(self, steps: Steps) -> Report:
+        report: Report = self._running.call("train", steps)[0]
         return report
 
     def pull(self, fragment: str) -> Packets:

@@ -6,9 +6,9 @@ sealed anew; when the coordinator has forgotten the session (it restarted) the g
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import threading
-import time
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,21 +16,29 @@ from typing import Literal, TypeVar
 
 import grpc
 
+from nebula.clock import REAL, Clock
 from nebula.config import Agreement
 from nebula.errors import AuthError, FrameError, NebulaError, PacketError, SessionError, UnreachableError
 from nebula.proto.v1 import run_pb2 as pb
 from nebula.proto.v1.packet_pb2 import Frame
 from nebula.security.pki import Identity
 from nebula.security.session import Session, offer
-from nebula.types import ROLE, Held, Packets, Pulled, PushTicket, RoundPlan, RoundReport
-from nebula.wan.link import LinkMonitor, WireMeter
-from nebula.wan.messages import plan_of, plan_request
-from nebula.wan.transport import GrpcStub, Stub, payload_context, receive, send, tls_refusal
+from nebula.types import ROLE, Beat, Held, Packets, Pulled, PushTicket, RoundPlan, RoundReport
+from nebula.wan.link import LinkMonitor
+from nebula.wan.messages import beat_request, plan_of, plan_request
+from nebula.wan.transport import GrpcStub, Stub, payload_context, receive, send
 
 T = TypeVar("T")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 3.0
 """Seconds between attempts; doubled from the first to the longest."""
+
+LEAST_PATIENCE = 15.0
+"""Seconds without movement, at the least (but for a shorter `max_stall`), after which a call is tried again: longer than
+the coordinator lets a pull wait, and than a frame takes on a poor link."""
+
+BEAT_TIMEOUT = 10.0
+"""Seconds that a sign of life may take; by then, newer ones are under way."""
 
 REPEAT = {
     grpc.StatusCode.UNAVAILABLE,
@@ -58,9 +66,10 @@ class Gateway:
         agreement: str,
         max_stall: float,
         stub: Stub | None = None,
+        clock: Clock = REAL,
     ) -> None:
-        self._folder = Path(identity)
-        self._identity = Identity.load(self._folder)
+        self._clock = clock
+        self._identity = Identity.load(Path(identity))
         if self._identity.name != cluster:
             raise AuthError(
                 f"the identity in {identity} is of {self._identity.name!r}, this agent is of cluster {cluster!r}",
@@ -69,30 +78,39 @@ class Gateway:
         self._address = address
         self._agreement = agreement
         self._max_stall = max_stall
-        self._stub = stub or GrpcStub(address, self._identity)
+        self._patience = min(max_stall, max(max_stall / 4, LEAST_PATIENCE))
+        self._stub = stub or GrpcStub(address, Path(identity))
         self._session: Session | None = None
-        self._joining = threading.Lock()
+        self._term = 0
+        self._life = secrets.randbits(63)
+        self._joining = clock.condition()
         self._monitor = LinkMonitor()
-        host, _, port = address.rpartition(":")
-        self._meter = WireMeter(host, int(port))
-        self._heard = 0.0
+        self._heard = float("-inf")
         self._payload_up = self._payload_down = self._retries = 0
 
     def join(self) -> tuple[bytes, bytes]:
         welcome = self._persist(lambda: self._join())
         return welcome.agreement, welcome.tokenizer
 
-    def plan(self, held: Mapping[str, Held], report: RoundReport | None, rebuilds: int) -> RoundPlan:
-        request = plan_request(held, self._measured(report) if report else None, rebuilds)
+    def plan(self, held: Mapping[str, Held], report: RoundReport | None) -> RoundPlan:
+        request = plan_request(held, self._measured(report) if report else None)
 
         def ask(session: Session) -> RoundPlan:
-            start = time.monotonic()
-            frames = self._stub.plan(send(session.send, request, b"plan"), timeout=self._max_stall)
+            start = self._clock.now()
+            frames = self._stub.plan(send(session.send, request, b"plan"), timeout=self._patience)
             answer = receive(session.receive, frames, pb.PlanResponse, b"plan-answer")
-            self._monitor.observe_rtt(time.monotonic() - start)
+            self._monitor.observe_rtt(self._clock.now() - start)
             return plan_of(answer)
 
         return self._call(ask)
+
+    def beat(self, beat: Beat) -> None:
+        def tell(session: Session) -> None:
+            frames = self._stub.beat(send(session.send, beat_request(beat), b"beat"), timeout=BEAT_TIMEOUT)
+            receive(session.receive, frames, pb.BeatResponse, b"beat-answer")
+
+        with contextlib.suppress(*PASSING):  # the next one comes soon
+            self._attempt(tell)
 
     def push(self, ticket: PushTicket, packets: Packets) -> Literal["accepted", "duplicate", "late"]:
         payload = b"".join(packets)
@@ -107,10 +125,10 @@ class Gateway:
         )
 
         def deliver(session: Session) -> Literal["accepted", "duplicate", "late"]:
-            start = time.monotonic()
-            frames = self._stub.push(self._noted(_pushed(session, head, payload)), timeout=self._max_stall)
+            start = self._clock.now()
+            frames = self._stub.push(self._noted(_pushed(session, head, payload)), timeout=self._patience)
             receipt = receive(session.receive, frames, pb.Receipt, b"receipt")
-            self._monitor.observe_transfer("up", len(payload), time.monotonic() - start)
+            self._monitor.observe_transfer("up", len(payload), self._clock.now() - start)
             return _VERDICTS[receipt.status]
 
         verdict = self._call(deliver)
@@ -136,13 +154,13 @@ class Gateway:
         self._stub.close()
 
     def _fetch(self, session: Session, request: pb.PullRequest) -> tuple[pb.PullHead, bytes]:
-        frames = self._noted(self._stub.pull(send(session.send, request, b"pull"), timeout=self._max_stall))
+        frames = self._noted(self._stub.pull(send(session.send, request, b"pull"), timeout=self._patience))
         head = receive(session.receive, frames, pb.PullHead, b"pull-answer")
         if head.status != pb.PullHead.STATUS_READY:
             return head, b""
-        start = time.monotonic()
+        start = self._clock.now()
         payload = session.receive.open(frames, context=payload_context(head), limit=head.payload_bytes)
-        self._monitor.observe_transfer("down", len(payload), time.monotonic() - start)
+        self._monitor.observe_transfer("down", len(payload), self._clock.now() - start)
         if hashlib.sha256(payload).digest() != head.sha256:
             raise FrameError("hash", f"fragment {request.fragment} does not match the digest its head states")
         return head, payload
@@ -151,10 +169,10 @@ class Gateway:
         """As frames pass, the link is alive, however long the call takes."""
         for frame in frames:
             yield frame
-            self._heard = time.monotonic()
+            self._heard = self._clock.now()
 
     def _measured(self, report: RoundReport) -> RoundReport:
-        wire = self._meter.sample()
+        wire = self._stub.wire()
         return replace(
             report,
             up_bytes=wire.up_bytes,
@@ -163,41 +181,45 @@ class Gateway:
             payload_down_bytes=self._payload_down,
             retries=self._retries,
             rtt_s=self._monitor.stats().rtt_s,
+            life=self._life,
         )
 
     # --- sessions and repetition ----------------------------------------------------------------------------------
 
     def _join(self) -> pb.Welcome:
         message, pending = offer(self._identity, self._agreement)
-        response = self._stub.join(pb.JoinRequest(offer=message), timeout=self._max_stall)
+        response = self._stub.join(pb.JoinRequest(offer=message), timeout=self._patience)
         session = pending.complete(response.answer)
+        if session.term < self._term:
+            raise SessionError(f"a coordinator of term {session.term} answered after one of term {self._term}")
         welcome = receive(session.receive, iter(response.welcome), pb.Welcome, b"welcome")
         digest = Agreement.parse(welcome.agreement).digest()
         if digest != self._agreement:
             raise AuthError(f"the coordinator sent agreement {digest}, this agent was started for {self._agreement}")
-        self._session = session
+        self._session, self._term = session, session.term
         return welcome
 
     def _call(self, act: Callable[[Session], T]) -> T:
-        def attempt() -> T:
-            with self._joining:
-                if self._session is None:
-                    self._join()
-                session = self._session
-            assert session is not None
-            try:
-                return act(session)
-            except PASSING as error:
-                with self._joining:  # several calls may fail together; only the first drops the session
-                    if self._session is session and _stale(error):
-                        self._session = None
-                raise
+        return self._persist(lambda: self._attempt(act))
 
-        return self._persist(attempt)
+    def _attempt(self, act: Callable[[Session], T]) -> T:
+        """Once, in a session."""
+        with self._joining:
+            if self._session is None:
+                self._join()
+            session = self._session
+        assert session is not None
+        try:
+            return act(session)
+        except PASSING as error:
+            with self._joining:  # several calls may fail together; only the first drops the session
+                if self._session is session and _stale(error):
+                    self._session = None
+            raise
 
     def _persist(self, attempt: Callable[[], T]) -> T:
         """Repeat until it works, fails for good, or nothing was heard for `max_stall`."""
-        since, pause = time.monotonic(), FIRST_PAUSE
+        since, pause = self._clock.now(), FIRST_PAUSE
         while True:
             try:
                 return attempt()
@@ -206,14 +228,14 @@ class Gateway:
                 self._raise_if_final(error)
                 if self._heard > since:  # a long transfer that broke was no silence
                     since, pause = self._heard, FIRST_PAUSE
-                if time.monotonic() - since + pause > self._max_stall:
+                if self._clock.now() - since + pause > self._max_stall:
                     raise UnreachableError(
                         f"the coordinator at {self._address} did not answer for {self._max_stall:g} s: {_said(error)}",
                         hint="check that it runs and that the address and port can be reached from here",
                     ) from error
             finally:
-                self._meter.sample()  # a connection that breaks later has been counted up to here
-            time.sleep(pause)
+                self._stub.wire()  # a connection that breaks later has been counted up to here
+            self._clock.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _raise_if_final(self, error: Exception) -> None:
@@ -228,14 +250,14 @@ class Gateway:
         if code not in REPEAT | REJOIN:
             raise NebulaError(f"the coordinator at {self._address} gave up: {said}") from error
         # Asked twice: by chance, one handshake may break as well.
-        if code == grpc.StatusCode.UNAVAILABLE and self._tls_refusal() and (why := self._tls_refusal()):
+        if code == grpc.StatusCode.UNAVAILABLE and self._refusal() and (why := self._refusal()):
             raise AuthError(
                 f"the coordinator at {self._address} and this cluster do not trust each other: {why}",
                 hint="both certificates must come from the same authority and be valid now",
             ) from error
 
-    def _tls_refusal(self) -> str | None:
-        return tls_refusal(self._address, self._folder, timeout=min(LONGEST_PAUSE, self._max_stall))
+    def _refusal(self) -> str | None:
+        return self._stub.refusal(timeout=min(LONGEST_PAUSE, self._max_stall))
 
 
 def _pushed(session: Session, head: pb.PushHead, payload: bytes) -> Iterator[Frame]:

@@ -18,13 +18,13 @@ from nebula.errors import AuthError, NebulaError, PreflightError, RankFailure, U
 from nebula.runtime.engine import Ranks, settle
 from nebula.runtime.heads import driver_environment
 from nebula.runtime.hosts import GatewayHost, RankHost
-from nebula.types import Held, Packets, Payload, Pulled, PushTicket, RoundPlan, RoundReport
+from nebula.types import Beat, Held, Packets, Payload, Pulled, PushTicket, RoundPlan, RoundReport
 
 PLACEMENT_SECONDS = 60.0
 """How long the cluster has to make room for the ranks."""
 
-GATEWAY_CALLS = 16
-"""Calls that a gateway answers at once: the pushes and pulls of a round's fragments overlap."""
+GATEWAY_CALLS = 64
+"""Calls that a gateway answers at once: the pushes and pulls of a round's fragments overlap; beats must not wait."""
 
 GATEWAY_LIVES = 3
 """Gateways that may die under one call before the call fails."""
@@ -235,9 +235,12 @@ class RayTransport:
         agreement, tokenizer = self._ask("join")
         return agreement, tokenizer
 
-    def plan(self, held: Mapping[str, Held], report: RoundReport | None, rebuilds: int) -> RoundPlan:
-        plan: RoundPlan = self._ask("plan", held, report, rebuilds)
+    def plan(self, held: Mapping[str, Held], report: RoundReport | None) -> RoundPlan:
+        plan: RoundPlan = self._ask("plan", held, report)
         return plan
+
+    def beat(self, beat: Beat) -> None:
+        self._ask("beat", beat)
 
     def push(self, ticket: PushTicket, packets: Packets) -> Literal["accepted", "duplicate", "late"]:
         (verdict,) = self._call("push", 2, ticket, *packets)

@@ -26,7 +26,12 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before the first restart of a window; doubled with each one up to the longest."""
 
 FINISHED = (0, 130)
-FINAL = {2: "its configuration is wrong", 3: "this machine cannot run it", 5: "it was refused"}
+FINAL = {
+    2: "its configuration is wrong",
+    3: "this machine cannot run it",
+    5: "it was refused",
+    6: "the run pauses for want of clusters",
+}
 """Exit codes (see nebula.errors) that another try does not change."""
 
 PR_SET_PDEATHSIG = 1

@@ -1,7 +1,7 @@
 """The key exchange: ephemeral X25519 both ways, signed by both identities over everything that was said.
 
     cluster      → offer:  name, agreement, ephemeral key, nonce, certificate; signed
-    coordinator  → answer: epoch, ephemeral key, nonce, certificate; signed together with the whole offer
+    coordinator  → answer: epoch, term, ephemeral key, nonce, certificate; signed together with the whole offer
     keys           HKDF-SHA256(shared secret, salt = hash of all of it), one per direction
 
 This is the signed Diffie–Hellman of SIGMA (Krawczyk, CRYPTO 2003), with both names under both signatures. Keys live
@@ -37,10 +37,12 @@ _ECDSA = ec.ECDSA(hashes.SHA256())
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One cluster's keys with the coordinator for one epoch, at one end: `send` seals, `receive` opens."""
+    """One cluster's keys with the coordinator for one epoch, at one end: `send` seals, `receive` opens. `term`: the
+    coordinator's fencing number; of two coordinators, the one with the higher term is the right one."""
 
     cluster: str
     epoch: int
+    term: int
     send: Channel
     receive: Channel
 
@@ -84,7 +86,9 @@ def offer(identity: Identity, agreement_digest: str) -> tuple[SessionOffer, Pend
     return message, Pending(identity, message, ephemeral)
 
 
-def answer(identity: Identity, offer: SessionOffer, *, epoch: int, agreement: str) -> tuple[SessionAnswer, Session]:
+def answer(
+    identity: Identity, offer: SessionOffer, *, epoch: int, term: int, agreement: str
+) -> tuple[SessionAnswer, Session]:
     """The coordinator's reply to an offer. `agreement`: the digest it was started for. An old offer may be replayed by
     anyone, but only who made it gets the keys. Raises AuthError when the offer is not what it says, or is for another
     agreement."""
@@ -104,6 +108,7 @@ def answer(identity: Identity, offer: SessionOffer, *, epoch: int, agreement: st
     ephemeral = X25519PrivateKey.generate()
     message = SessionAnswer(
         epoch=epoch,
+        term=term,
         ephemeral_key=ephemeral.public_key().public_bytes_raw(),
         nonce=os.urandom(NONCE_BYTES),
         certificate=_certificate(identity),
@@ -134,7 +139,7 @@ def _session(offer: SessionOffer, answer: SessionAnswer, own: X25519PrivateKey, 
 
     up, down = channel(offer.cluster, COORDINATOR), channel(COORDINATOR, offer.cluster)
     send, receive = (up, down) if peer == COORDINATOR else (down, up)
-    return Session(offer.cluster, answer.epoch, send, receive)
+    return Session(offer.cluster, answer.epoch, answer.term, send, receive)
 
 
 def _offer_transcript(offer: SessionOffer) -> bytes:
@@ -155,7 +160,7 @@ def _answer_transcript(offer: SessionOffer, answer: SessionAnswer) -> bytes:
         PROTOCOL,
         b"answer",
         _offer_transcript(offer),
-        struct.pack(">Q", answer.epoch),
+        struct.pack(">QQ", answer.epoch, answer.term),
         answer.ephemeral_key,
         answer.nonce,
         hashlib.sha256(answer.certificate).digest(),

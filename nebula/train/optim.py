@@ -13,9 +13,10 @@ from nebula.config import SGD, AdamW
 from nebula.parallel.export import local
 
 
-def rate(cfg: AdamW | SGD, step: int, total: int) -> float:
-    """The learning rate of inner step `step` of the run's `total`. AdamW: linear over `warmup` steps, then half a
-    cosine that reaches `floor · lr` at the last step. SGD: constant."""
+def rate(cfg: AdamW | SGD, step: float, total: int) -> float:
+    """The learning rate of inner step `step` of the run's `total` (a round of more steps than planned has fractional
+    ones). AdamW: linear over `warmup` steps, then half a cosine that reaches `floor · lr` at the last step. SGD:
+    constant."""
     if isinstance(cfg, SGD):
         return cfg.lr
     if step < cfg.warmup:

@@ -23,13 +23,13 @@ from nebula.parallel.shard import forward_of
 from nebula.train import optim
 from nebula.train.exchange import Exchange
 from nebula.train.loop import Inner, evaluate, inner_step
-from nebula.types import Evaluation, Json, Report, StartReport
+from nebula.types import Evaluation, Json, Report, StartReport, Steps
 from nebula.wan.digest import Lanes
 
 
 class Worker:
     """`agreement`: its canonical JSON; `tokenizer`: its JSON; `facts`: JSON of this cluster's config.Cluster;
-    `checkpoints`: a folder that all ranks of the cluster see; `cache`: a folder for prepared data."""
+    `checkpoints`: a folder that all ranks of the cluster see, or an fsspec URL; `cache`: a folder for prepared data."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Worker:
         self.facts = Cluster.model_validate_json(facts)
         self.rank = rank
         self.world = world
-        self.checkpoints = Path(checkpoints)
+        self.checkpoints = checkpoints
         self.cache = Path(cache)
         self._store: TCPStore | None = None
 
@@ -89,20 +89,21 @@ class Worker:
             device=str(device),
         )
 
-    def train(self, round: int, first: int, steps: int, total: int) -> Report:
-        """Inner steps `first` … `first + steps` − 1 of the `total` of `round`. The same report on every rank."""
-        assert 0 < steps <= total - first, f"steps {first} … {first + steps - 1} of {total}"
+    def train(self, steps: Steps) -> Report:
+        """Take inner steps. The same report on every rank. The learning rate follows the rounds, however many inner
+        steps each of them takes."""
+        assert 0 < steps.count <= steps.total - steps.first, f"{steps}"
         begun = time.perf_counter()
         whole_run = self.run.rounds * self.run.inner_steps
         loss_sum = 0.0
-        for i in range(first, first + steps):
-            step = round * self.run.inner_steps + i
-            windows_BT1 = self.data.batch(step, self.rank, self.world)
-            rate = optim.rate(self.run.optimizer, step, whole_run)
-            loss_sum += inner_step(self.inner, windows_BT1, rate, f"round {round}, step {i} of {total}")
-        tokens = steps * self.inner.tokens
+        for i in range(steps.first, steps.first + steps.count):
+            windows_BT1 = self.data.batch(steps.position + i, self.rank, self.world)
+            rate = optim.rate(self.run.optimizer, (steps.round + i / steps.total) * self.run.inner_steps, whole_run)
+            where = f"round {steps.round}, step {i} of {steps.total}"
+            loss_sum += inner_step(self.inner, windows_BT1, rate, where)
+        tokens = steps.count * self.inner.tokens
         seconds = self.group.most(time.perf_counter() - begun)
-        return Report(steps=steps, tokens=tokens, loss=loss_sum / tokens, seconds=seconds)
+        return Report(steps=steps.count, tokens=tokens, loss=loss_sum / tokens, seconds=seconds)
 
     def evaluate(self, index: int, count: int) -> Evaluation:
         """The current parameters on held-out windows `index`, `index + count`, …: sums over the cluster."""

@@ -180,9 +180,12 @@ class LinkMonitor:
             self._rtts.append(seconds)
 
     def observe_transfer(self, direction: Direction, size: int, seconds: float) -> None:
-        """`size` payload bytes took `seconds` > 0. For payloads: a small call tells of the round trip only."""
-        if size < 0 or seconds <= 0:
+        """`size` payload bytes took `seconds`. For payloads: a small call tells of the round trip only, and one too quick
+        for the clock tells nothing."""
+        if size < 0 or seconds < 0:
             raise ValueError(f"a transfer has bytes and takes time, not {size} bytes in {seconds} s")
+        if seconds == 0:
+            return
         with self._lock:
             self._goodput[direction].observe(8 * size / seconds)
             self._transfers += 1

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from nebula.proto.v1 import run_pb2 as pb
-from nebula.types import Evaluation, Held, RoundPlan, RoundReport
+from nebula.types import Beat, Evaluation, Held, RoundPlan, RoundReport
 
 _ACTIONS: dict[pb.PlanResponse.Action.ValueType, Literal["train", "catch_up", "stop", "done"]] = {
     pb.PlanResponse.ACTION_TRAIN: "train",
@@ -17,10 +17,8 @@ _ACTIONS: dict[pb.PlanResponse.Action.ValueType, Literal["train", "catch_up", "s
 _ACTION_VALUES = {name: value for value, name in _ACTIONS.items()}
 
 
-def plan_request(held: Mapping[str, Held], report: RoundReport | None, rebuilds: int) -> pb.PlanRequest:
-    message = pb.PlanRequest(
-        held={name: pb.Held(version=h.version, digest=h.digest) for name, h in held.items()}, rebuilds=rebuilds
-    )
+def plan_request(held: Mapping[str, Held], report: RoundReport | None) -> pb.PlanRequest:
+    message = pb.PlanRequest(held={name: pb.Held(version=h.version, digest=h.digest) for name, h in held.items()})
     if report is not None:
         message.report.CopyFrom(
             pb.RoundReport(
@@ -36,6 +34,7 @@ def plan_request(held: Mapping[str, Held], report: RoundReport | None, rebuilds:
                 payload_down_bytes=report.payload_down_bytes,
                 retries=report.retries,
                 rtt_seconds=report.rtt_s,
+                life=report.life,
                 eval_loss_sum=report.eval.loss_sum if report.eval else 0.0,
                 eval_tokens=report.eval.tokens if report.eval else 0,
             )
@@ -64,8 +63,17 @@ def report_of(message: pb.PlanRequest) -> RoundReport | None:
         payload_down_bytes=r.payload_down_bytes,
         retries=r.retries,
         rtt_s=r.rtt_seconds,
+        life=r.life,
         eval=Evaluation(loss_sum=r.eval_loss_sum, tokens=r.eval_tokens) if r.eval_tokens else None,
     )
+
+
+def beat_request(beat: Beat) -> pb.BeatRequest:
+    return pb.BeatRequest(round=beat.round, step=beat.step, steps=beat.steps, leaving=beat.leaving)
+
+
+def beat_of(message: pb.BeatRequest) -> Beat:
+    return Beat(round=message.round, step=message.step, steps=message.steps, leaving=message.leaving)
 
 
 def plan_response(plan: RoundPlan) -> pb.PlanResponse:
@@ -73,6 +81,7 @@ def plan_response(plan: RoundPlan) -> pb.PlanResponse:
         action=_ACTION_VALUES[plan.action],
         round=plan.round,
         inner_steps=plan.inner_steps,
+        position=plan.position,
         fragments=[pb.FragmentPlan(name=name, base=base) for name, base in sorted(plan.fragments.items())],
         eval_index=plan.eval_index,
         eval_count=plan.eval_count,
@@ -85,6 +94,7 @@ def plan_of(message: pb.PlanResponse) -> RoundPlan:
         action=_ACTIONS[message.action],
         round=message.round,
         inner_steps=message.inner_steps,
+        position=message.position,
         fragments={f.name: f.base for f in message.fragments},
         eval_index=message.eval_index,
         eval_count=message.eval_count,

@@ -23,10 +23,10 @@ from nebula.errors import FrameError
 from nebula.proto.v1.federation_pb2_grpc import FederationStub
 from nebula.proto.v1.packet_pb2 import Frame
 from nebula.proto.v1.run_pb2 import JoinRequest, JoinResponse
-from nebula.security.pki import AUTHORITY, CERTIFICATE, KEY
+from nebula.security.pki import AUTHORITY, CERTIFICATE, KEY, Identity
+from nebula.wan.link import Wire, WireMeter
 
 if TYPE_CHECKING:
-    from nebula.security.pki import Identity
     from nebula.types import Channel
 
 M = TypeVar("M", bound=Message)
@@ -55,15 +55,29 @@ class Stub(Protocol):
 
     def join(self, request: JoinRequest, timeout: float) -> JoinResponse: ...
     def plan(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]: ...
+    def beat(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]: ...
     def push(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]: ...
     def pull(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]: ...
+
+    def wire(self) -> Wire:
+        """What has crossed the wire so far."""
+        ...
+
+    def refusal(self, timeout: float) -> str | None:
+        """Why the two ends do not trust each other; None if they do, or nobody answers within `timeout` seconds."""
+        ...
+
     def close(self) -> None: ...
 
 
 class GrpcStub:
-    """A mutually authenticated channel to the coordinator."""
+    """A mutually authenticated channel to the coordinator. `folder`: of the cluster's certificate."""
 
-    def __init__(self, address: str, identity: Identity) -> None:
+    def __init__(self, address: str, folder: Path) -> None:
+        identity = Identity.load(folder)
+        self._address, self._folder = address, folder
+        host, _, port = address.rpartition(":")
+        self._meter = WireMeter(host, int(port))
         credentials = grpc.ssl_channel_credentials(
             identity.authority_pem, private_key=identity.key_pem, certificate_chain=identity.certificate_pem
         )
@@ -78,11 +92,20 @@ class GrpcStub:
     def plan(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
         return _watched(self._calls.Plan, frames, timeout)
 
+    def beat(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
+        return _watched(self._calls.Beat, frames, timeout)
+
     def push(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
         return _watched(self._calls.Push, frames, timeout)
 
     def pull(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
         return _watched(self._calls.Pull, frames, timeout)
+
+    def wire(self) -> Wire:
+        return self._meter.sample()
+
+    def refusal(self, timeout: float) -> str | None:
+        return tls_refusal(self._address, self._folder, timeout)
 
     def close(self) -> None:
         self._channel.close()

@@ -44,7 +44,7 @@ def text_of(renderable, width):
         (COORDINATOR, event("run_started", **started()), "toy: 1.00 M parameters, 6 rounds of 20 steps, north, south"),
         (COORDINATOR, event("joined", cluster="north", epoch=1), "north joined"),
         (COORDINATOR, event("joined", cluster="north", epoch=2), "north joined again (session 2)"),
-        (COORDINATOR, event("left", cluster="north", reason="done"), "north left: done"),
+        (COORDINATOR, event("left", cluster="north"), "north left; the run goes on without it"),
         (COORDINATOR, event("rejected", cluster="south", reason="replay"), "south: message rejected: replay"),
         (COORDINATOR, event("stopping", reason="asked to"), "stopping after this round: asked to"),
         (COORDINATOR, event("run_ended", state="stopped"), "run stopped"),
@@ -90,7 +90,7 @@ def test_the_table_stands_before_anything_is_known():
 
 
 def test_a_cluster_that_left_is_gone_and_training_starts_at_step_0(view):
-    view.fold(COORDINATOR, event("left", cluster="south", reason="silent"))
+    view.fold(COORDINATOR, event("left", cluster="south"))
     view.fold("north", event("phase", phase="training", round=4))
     table = text_of(render_table(view, now=1003.0), 80)
     assert "gone" in table

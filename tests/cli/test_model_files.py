@@ -52,19 +52,6 @@ def test_export_to_where_nothing_can_be_written(run_dir, tmp_path, capsys):
     assert "--out" in capsys.readouterr().err
 
 
-def test_list_shows_commit_and_checkpoints(run_dir, capsys):
-    checkpoint = run_dir / "clusters" / "north" / "checkpoints" / "6"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text("{}")
-    (checkpoint / "rank").write_bytes(b"x" * 998)
-    assert main(["ckpt", "list", str(run_dir), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["version"] == 6
-    assert told["checkpoints"] == [{"path": "clusters/north/checkpoints/6", "round": 6, "bytes": 1000}]
-    assert main(["ckpt", "list", str(run_dir)]) == 0
-    assert "version 6 of 6" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("source", ["run", "file"])
 def test_sample_continues_the_prompt_the_same_way_for_the_same_seed(run_dir, model, source, capsys):
     path = run_dir

@@ -1,4 +1,5 @@
-"""`nebula run` as a user starts it: real processes, found and killed by what they are."""
+"""Command lines as a user starts them: real processes, found, killed and paused by what they are, and the events that
+they write, by which tests wait for a moment of a run."""
 
 from __future__ import annotations
 
@@ -8,10 +9,18 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from nebula.metrics.events import Event, Tail
+from nebula.types import COORDINATOR
+
+RANK = "multiprocessing.spawn"
+POLL_SECONDS = 0.01
 
 RECIPE = """
 from nebula.config import AdamW, Data, Membership, Model, Run
@@ -45,16 +54,18 @@ def write_job(folder: Path, corpus: Path) -> tuple[Path, Path]:
 
 @dataclass
 class NebulaProcess:
-    """One command line. Its talk is read line by line, which is how tests wait for a moment of the run."""
+    """One command line. Its talk is read line by line, which is how tests wait for a moment of the run. `within`: what
+    to put before it; must become the process itself."""
 
     arguments: list[str]
     cwd: Path
     cache: Path
+    within: Sequence[str] = ()
     said: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "nebula.cli.main", *self.arguments],
+            [*self.within, sys.executable, "-m", "nebula.cli.main", *self.arguments],
             cwd=self.cwd,
             env={**os.environ, "XDG_CACHE_HOME": str(self.cache)},
             stdout=subprocess.PIPE,
@@ -87,9 +98,73 @@ class NebulaProcess:
 
     def kill(self, words: str, which: int = 0) -> None:
         """SIGKILL to one of them."""
+        os.kill(self.find(words)[which], signal.SIGKILL)
+
+    def find(self, words: str) -> list[int]:
+        """As `descendants`, of which there must be some."""
         found = self.descendants(words)
         assert found, f"nothing like {words!r} among {[command_line(p) for p in below(self.process.pid)]}"
-        os.kill(found[which], signal.SIGKILL)
+        return found
+
+    def end(self) -> None:
+        """Whatever state it is in."""
+        if self.process.poll() is None:
+            for pid in (self.process.pid, *below(self.process.pid)):
+                _signal(pid, signal.SIGCONT)
+            self.process.terminate()
+            self.process.communicate()
+
+
+@contextmanager
+def paused(*pids: int) -> Iterator[None]:
+    """Processes that stand still for a while, and do not know it."""
+    with ExitStack() as stack:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+            stack.callback(_signal, pid, signal.SIGCONT)
+        yield
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # it has ended
+        os.kill(pid, number)
+
+
+class Watch:
+    """The events of a run as its processes write them. `running`: those without which none will come."""
+
+    def __init__(self, run_dir: Path, *running: NebulaProcess) -> None:
+        self._tails = {COORDINATOR: Tail(run_dir / "events.jsonl")}
+        self._tails |= {name: Tail(run_dir / "clusters" / name / "events.jsonl") for name in ("north", "south")}
+        self._news: dict[str, list[Event]] = {source: [] for source in self._tails}
+        self._running = running
+
+    def until(self, source: str, **fields: object) -> Event:
+        """The next event of "coordinator" or a cluster with these fields, of those that no call has passed yet."""
+        found: list[Event] = []
+
+        def seen() -> bool:
+            news = self._news[source]
+            news += self._tails[source].poll()
+            while news and not found:
+                event = news.pop(0)
+                if fields.items() <= event.items():
+                    found.append(event)
+            return bool(found)
+
+        self.wait(seen, f"{source} tells {fields}")
+        return found[0]
+
+    def wait(self, reached: Callable[[], bool], what: str) -> None:
+        """Until something is so. Fails if a process ends before."""
+        while not reached():
+            for nebula in self._running:
+                code = nebula.process.poll()
+                if code is not None and not reached():
+                    nebula.finish()
+                    told = "\n".join(nebula.said)
+                    raise AssertionError(f"it ended with {code} before {what}: {nebula.arguments}\n{told}")
+            time.sleep(POLL_SECONDS)
 
 
 def below(root: int) -> list[int]:

@@ -17,22 +17,10 @@ from nebula.cli.main import main
 from nebula.cli.rundir import RunDir
 from nebula.federation.restore import load_global
 from nebula.metrics.events import read
-from tests.e2e.processes import NebulaProcess, below, command_line, summary
+from tests.e2e.processes import RANK, NebulaProcess, below, command_line, summary
 from tests.federated import one_process
 
-RANK = "multiprocessing.spawn"
 RAY_RANK = "ray::RankHost"
-
-
-@pytest.fixture(scope="session")
-def reference(job, cache, tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("reference")
-    recipe, clusters = job
-    nebula = NebulaProcess(["run", str(recipe), "--clusters", str(clusters), "--engine", "local"], folder, cache)
-    code, out = nebula.finish()
-    assert code == 0, nebula.said
-    told = summary(folder / "runs" / "tiny")
-    return {**told, "out": out, "said": nebula.said, "run_dir": folder / "runs" / "tiny"}
 
 
 def run(start, job, *more: str) -> NebulaProcess:

@@ -35,9 +35,9 @@ class Engine:
         self._called("start")
         return {"f0": Held(0, "d0"), "f1": Held(0, "d0")}
 
-    def train(self, round, first, steps, total):
-        self._called("train", round)
-        return Report(steps=steps, tokens=10, loss=1.0, seconds=1.0)
+    def train(self, steps):
+        self._called("train", steps.round)
+        return Report(steps=steps.count, tokens=10, loss=1.0, seconds=1.0)
 
     def pull(self, fragment):
         self._called("pull", fragment)
@@ -62,9 +62,12 @@ class Engine:
 
 class Transport:
     def __init__(self, *plans: RoundPlan, ends: frozenset[str] = frozenset()) -> None:
-        self.plans, self.ends, self.reports = list(plans), ends, []
+        self.plans, self.ends, self.reports, self.beats = list(plans), ends, [], []
 
-    def plan(self, held, report, rebuilds):
+    def beat(self, beat):
+        self.beats.append(beat)
+
+    def plan(self, held, report):
         self.reports.append(report)
         return self.plans.pop(0)
 

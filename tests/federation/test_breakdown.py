@@ -7,11 +7,14 @@ import time
 
 import pytest
 
+from nebula.checkpoint.ledger import Ledger
+from nebula.checkpoint.store import Folder
 from nebula.config import Membership
 from nebula.errors import PreflightError
 from nebula.federation.events import Arrived, Committed
 from nebula.federation.hub import Hub
-from nebula.federation.journal import Journal
+from nebula.federation.journal import open_journal
+from nebula.federation.journal_sqlite import SqliteJournal
 from nebula.proto.v1 import run_pb2 as pb
 from nebula.types import ROLE
 from tests.federated import Federated, clusters, tiny, write_corpus
@@ -45,14 +48,13 @@ def deliver_all(hub: Hub, fragment: str) -> None:
         hub._apply(Arrived(cluster=name, fragment=fragment, round=0, weight=1.0, blob=blob, parts=(6,), seconds=None))
 
 
-@pytest.mark.parametrize("broken", ["_ledger.keep", "_events.emit"])
+@pytest.mark.parametrize("broken", ["_ledger.keep", "_emit"])
 def test_a_full_disk_after_a_merge_is_not_a_silent_end_of_merging(broken, places, tmp_path, monkeypatch):
     hub = federation(places, tmp_path).hub
-    owner, method = broken.split(".")
-    monkeypatch.setattr(getattr(hub, owner), method, full)
+    owner, _, method = broken.rpartition(".")
+    monkeypatch.setattr(getattr(hub, owner) if owner else hub, method, full)
     deliver_all(hub, "f0")
-    hub._merges.put(None)
-    hub._thread.join()
+    hub._task.wait()
     with pytest.raises(PreflightError, match="disk is full"):
         hub.tick()
 
@@ -68,16 +70,17 @@ def test_a_pull_is_answered_before_the_agent_takes_it_for_silence(places, tmp_pa
 
 def test_a_run_whose_founding_was_cut_short_founds_the_rest(places, tmp_path, monkeypatch):
     first = federation(places, tmp_path).hub
-    append, journals = Journal.append, []
+    append, journals = SqliteJournal.append, []
 
     def failing(journal, event):
         journals.append(journal)
         (full if len(journals) == 2 else append)(journal, event)
 
     def found() -> Hub:
-        return Hub(first.agreement, b"", first._identity, tmp_path / "other", first._events)
+        journal = open_journal(tmp_path / "other.sqlite", agreement=first.agreement.digest())
+        return Hub(first.agreement, b"", first._identity, journal, Ledger(Folder(tmp_path / "other")), first._emit)
 
-    monkeypatch.setattr(Journal, "append", failing)
+    monkeypatch.setattr(SqliteJournal, "append", failing)
     with pytest.raises(OSError, match="No space"):
         found()
     monkeypatch.undo()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from nebula.federation.events import (
     Alarm,
     Arrived,
     Committed,
+    Heard,
     Joined,
     Merge,
     Planned,
@@ -20,8 +23,9 @@ from nebula.federation.events import (
     RoundClosed,
     Stopping,
     Tick,
+    Waiting,
 )
-from nebula.types import Held, RoundReport
+from nebula.types import Beat, Held, RoundReport
 
 NORTH, SOUTH = "north", "south"
 
@@ -29,7 +33,7 @@ NORTH, SOUTH = "north", "south"
 def rules(**changes):
     return Rules(
         **{
-            "members": (NORTH, SOUTH),
+            "members": {NORTH: 2, SOUTH: 2},
             "fragments": ("f0", "f1"),
             "rounds": 3,
             "inner_steps": 5,
@@ -57,6 +61,10 @@ def founded(**changes) -> State:
 
 def held(version: int) -> dict[str, Held]:
     return {f: Held(version, f"d{f}{version}") for f in ("f0", "f1")}
+
+
+def alive(state: State, *clusters: str, now: float) -> State:
+    return run(state, *(Heard(cluster=c) for c in clusters), now=now)[0]
 
 
 def arrived(cluster: str, fragment: str, round: int, seconds: float | None = 1.0) -> Arrived:
@@ -114,8 +122,11 @@ def test_fragments_are_independent():
 
 
 def test_a_missing_cluster_is_waited_for_until_max_stall_when_nothing_was_measured_yet():
-    state, _ = run(founded(), arrived(NORTH, "f0", 0), now=10.0)
-    assert run(state, Tick(), now=109.0)[1] == []
+    state = alive(founded(), SOUTH, now=9.0)
+    state, _ = run(state, arrived(NORTH, "f0", 0), now=10.0)
+    state = alive(state, SOUTH, now=105.0)
+    state, waiting = run(state, Tick(), now=109.0)
+    assert waiting == [Waiting(0, {SOUTH: "alive, its delta is not here yet"})]
     (merge,) = run(state, Tick(), now=110.0)[1]
     assert [a.cluster for a in merge.arrivals] == [NORTH]
 
@@ -138,11 +149,104 @@ def test_a_cluster_that_left_the_last_round_unfinished_is_not_waited_for():
     assert [type(e) for e in effects] == [Merge]
 
 
+def test_a_cluster_that_falls_silent_is_not_waited_for_longer_than_its_silence_is_ordinary():
+    state, _ = run(founded(), Planned(cluster=SOUTH, held=held(0)), now=4.0)
+    state, none = run(state, *(arrived(NORTH, f, 0) for f in ("f0", "f1")), Tick(), now=6.0)
+    assert none == []
+    until = state.pulses[SOUTH].silent_at
+    assert 12.0 <= until < 20.0
+    assert run(state, Tick(), now=until - 0.1)[1] == []
+    state, merges = run(state, Tick(), now=until)
+    assert [(m.fragment, [a.cluster for a in m.arrivals]) for m in merges] == [("f0", [NORTH]), ("f1", [NORTH])]
+
+
+def test_a_cluster_that_leaves_is_not_waited_for_at_all_and_may_come_back():
+    state, _ = run(founded(), *(Planned(cluster=c, held=held(0)) for c in (NORTH, SOUTH)))
+    state, none = run(state, arrived(NORTH, "f0", 0))
+    assert none == []
+    state, effects = run(state, Heard(cluster=SOUTH, beat=Beat(leaving=True)))
+    assert [(type(e), [a.cluster for a in e.arrivals]) for e in effects] == [(Merge, [NORTH])]
+    state, _ = run(state, committed("f0", 1, NORTH), arrived(NORTH, "f1", 0), committed("f1", 1, NORTH))
+    assert state.expected() == {NORTH}
+    state, _ = run(state, Joined(cluster=SOUTH, epoch=2), Planned(cluster=SOUTH, held=held(1)))
+    assert state.expected() == {NORTH, SOUTH}
+
+
+def test_a_delta_of_a_cluster_that_left_counts_if_it_came_before():
+    state, _ = run(founded(), *(Planned(cluster=c, held=held(0)) for c in (NORTH, SOUTH)), arrived(SOUTH, "f0", 0))
+    state, _ = run(state, Heard(cluster=SOUTH, beat=Beat(leaving=True)))
+    _, (merge,) = run(state, arrived(NORTH, "f0", 0))
+    assert [a.cluster for a in merge.arrivals] == [NORTH, SOUTH]
+
+
+# --- whoever is missing: batch and rate ---------------------------------------------------------------------------
+
+
+def without_south(state: State, round: int) -> State:
+    for fragment in ("f0", "f1"):
+        state, _ = run(state, Heard(cluster=SOUTH, beat=Beat(leaving=True)), arrived(NORTH, fragment, round))
+        state, _ = run(state, committed(fragment, round + 1, NORTH))
+    return state
+
+
+def test_the_global_batch_shrinks_with_the_clusters_that_are_missing_or_is_held_by_the_others():
+    for hold, steps in ((False, 5), (True, 10)):
+        state = without_south(founded(hold=hold), 0)
+        plan = machine.plan(state, NORTH, held(1))
+        assert (plan.inner_steps, plan.position) == (steps, 5)
+        state = after_round(state, 1)
+        plan = machine.plan(state, NORTH, held(2))
+        assert (plan.inner_steps, plan.position) == (5, 5 + steps), "back to its place once the other is back"
+        redo = machine.plan(state, SOUTH, held(1))
+        assert (redo.round, redo.inner_steps, redo.position) == (1, steps, 5), "a repeated round is the same round"
+
+
+def test_held_batches_are_shared_by_weight():
+    three = rules(members={NORTH: 30, SOUTH: 10, "west": 20}, hold=True, inner_steps=6)
+    assert three.steps([NORTH, SOUTH, "west"]) == 6
+    assert three.steps([NORTH]) == 12
+    assert three.steps([SOUTH, "west"]) == 12
+    assert three.steps([SOUTH]) == 36
+    assert three.steps([]) == 6
+
+
+@pytest.mark.parametrize(("power", "scale"), [(0.0, 1.0), (0.5, 0.5**0.5), (1.0, 0.5)])
+def test_the_outer_rate_follows_the_share_of_tokens_as_asked(power, scale):
+    state, _ = run(founded(power=power), Heard(cluster=SOUTH, beat=Beat(leaving=True)))
+    _, (merge,) = run(state, arrived(NORTH, "f0", 0))  # 10 of 2 clusters · 5 steps · 2 tokens
+    assert merge.scale == pytest.approx(scale)
+    assert rules(power=power).scale(1e9) == 1.0
+
+
+# --- catching up --------------------------------------------------------------------------------------------------
+
+
+def test_updates_are_kept_while_they_are_less_than_half_the_state():
+    state = founded(rounds=20)
+    sizes = {"update_bytes": 10, "state_bytes": 80}
+    for round in range(8):
+        for fragment in ("f0", "f1"):
+            state, _ = run(state, *(arrived(c, fragment, round) for c in (NORTH, SOUTH)))
+            state, _ = run(state, replace(committed(fragment, round + 1), **sizes))
+    assert [commit.version for commit in state.fragments["f0"].chain] == [5, 6, 7, 8]
+    dear = {"update_bytes": 70, "state_bytes": 80}
+    for fragment in ("f0", "f1"):
+        state, _ = run(state, *(arrived(c, fragment, 8) for c in (NORTH, SOUTH)))
+        state, _ = run(state, replace(committed(fragment, 9), **dear))
+    assert [commit.version for commit in state.fragments["f0"].chain] == [8, 9], "the newest two in any case"
+
+
 def test_below_quorum_nothing_commits_and_the_run_pauses_after_max_stall():
-    state, _ = run(founded(quorum=2), arrived(NORTH, "f0", 0), now=5.0)
-    assert run(state, Tick(), now=104.0)[1] == []
-    _, effects = run(state, Tick(), now=105.0)
+    state, _ = run(founded(quorum=2), Planned(cluster=NORTH, held=held(0)), arrived(NORTH, "f0", 0), now=5.0)
+    state, waiting = run(state, Tick(), now=104.0)
+    assert waiting == [Waiting(0, {SOUTH: "silent for 104 s"})]
+    state, effects = run(state, Tick(), now=105.0)
     assert effects == [QuorumLost(0, (NORTH,))]
+    assert machine.plan(state, NORTH, held(0)).action == "stop"
+    assert run(state, Tick(), arrived(SOUTH, "f0", 0), now=200.0)[1] == []  # kept for the resumed run
+    assert machine.ended(state, 105.0) is None
+    state, _ = run(state, Planned(cluster=NORTH, held=held(0)), now=106.0)
+    assert machine.ended(state, 106.0) == "stopped"
 
 
 def test_a_delta_may_be_replaced_until_its_merge_begins_and_is_then_a_duplicate():
@@ -189,7 +293,7 @@ def test_a_cluster_left_out_of_a_commit_does_not_repeat_it():
 
 
 def test_caught_up_in_the_middle_of_a_round_it_trains_what_is_still_open():
-    state, _ = run(founded(), committed("f0", 1))
+    state, _ = run(founded(), *(arrived(c, "f0", 0) for c in (NORTH, SOUTH)), committed("f0", 1))
     mixed = {"f0": held(1)["f0"], "f1": held(0)["f1"]}
     plan = machine.plan(state, NORTH, mixed)
     assert (plan.action, plan.round, plan.fragments) == ("train", 0, {"f1": 0})

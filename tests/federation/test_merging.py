@@ -10,16 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nebula.checkpoint.ledger import Ledger
+from nebula.checkpoint.store import Folder
 from nebula.config import Nesterov, OuterSGD
 from nebula.errors import JournalError, PacketError, QuorumError
 from nebula.federation.aggregate import WeightedMean, check_tiling
-from nebula.federation.events import Arrived, Committed, Joined, Reported
-from nebula.federation.journal import Journal
-from nebula.federation.membership import deadline, latest_arrival
 from nebula.federation.merge import read_delta
 from nebula.federation.outer import outer_step
 from nebula.federation.tally import Tally
-from nebula.types import Delta, Evaluation, RoundReport, Slice
+from nebula.types import Delta, RoundReport, Slice
 from nebula.wan.codec.layout import flatten
 from nebula.wan.frame import pack
 
@@ -102,66 +100,13 @@ def test_outer_sgd_with_rate_one_moves_to_the_mean():
     assert momentum == {}
 
 
-def test_the_deadline_comes_from_measured_arrivals():
-    assert latest_arrival([1.0] * 3, clusters=2) == math.inf
-    assert latest_arrival([10.0, 10.0, 10.0, 11.0], clusters=2) == pytest.approx(10 + 6 * 2.5)
-    spread = [4.0, 8.0, 10.0, 12.0, 16.0]  # median 10, MAD 2 < 2.5
-    assert latest_arrival(spread, clusters=2) == pytest.approx(25.0)
-    common = {"opened": 0.0, "quorum": 1, "clusters": 2, "history": [10.0] * 4, "max_stall": 60.0}
-    assert deadline(arrivals=[], **common) is None
-    assert deadline(arrivals=[9.0], **common) == pytest.approx(25.0)
-    assert deadline(arrivals=[40.0], **common) == pytest.approx(40.0)  # the quorum itself was late: no further wait
-    assert deadline(arrivals=[9.0], **(common | {"quorum": 2})) == pytest.approx(69.0)
-
-
-EVENTS = [
-    Committed(fragment="f0", version=0, digest="d", blobs={"params": "x"}),
-    Joined(cluster="north", epoch=3),
-    Arrived(cluster="north", fragment="f0", round=0, weight=5.0, blob="b", parts=(3, 4), seconds=None),
-    Committed(fragment="f0", version=1, digest="e", contributors=("north",), blobs={"update": "u"}, norm=1.5),
-    Reported(
-        cluster="north",
-        report=RoundReport(
-            round=0, steps=1, tokens=2, loss=3.0, compute_s=4.0, stall_s=5.0, eval=Evaluation(loss_sum=1.0, tokens=2)
-        ),
-    ),
-]
-
-
-def test_the_journal_gives_back_what_it_was_given(tmp_path):
-    journal = Journal(tmp_path / "j.sqlite", agreement="sha256:a")
-    for event in EVENTS:
-        journal.append(event)
-    journal.close()
-    assert list(Journal(tmp_path / "j.sqlite", agreement="sha256:a").replay()) == EVENTS
-
-
-def test_the_journal_syncs_before_it_acknowledges(tmp_path):
-    journal = Journal(tmp_path / "j.sqlite", agreement="sha256:a")
-    settings = {name: journal._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "journal_mode")}
-    assert settings == {"synchronous": 2, "journal_mode": "wal"}  # 2 = FULL
-
-
-def test_a_second_coordinator_and_a_foreign_or_damaged_journal_are_refused(tmp_path):
-    path = tmp_path / "j.sqlite"
-    first = Journal(path, agreement="sha256:a")
-    with pytest.raises(JournalError, match="in use by another coordinator"):
-        Journal(path, agreement="sha256:a")
-    first.close()
-    with pytest.raises(JournalError, match="belongs to agreement sha256:a, not sha256:b"):
-        Journal(path, agreement="sha256:b")
-    path.write_bytes(b"not a database, but long enough to be read as a header" * 20)
-    with pytest.raises(JournalError, match="damaged"):
-        Journal(path, agreement="sha256:a")
-
-
 def test_the_ledger_refuses_what_is_missing_or_changed(tmp_path):
-    ledger = Ledger(tmp_path)
+    ledger = Ledger(Folder(tmp_path))
     name, other = ledger.put(b"state"), ledger.put(b"old")
     assert ledger.get(name) == b"state"
     assert ledger.size(name) == 5
     (tmp_path / ".half-written").write_bytes(b"x")
-    ledger.keep({name})
+    ledger.begin({name})
     assert [p.name for p in tmp_path.iterdir()] == [name]
     with pytest.raises(JournalError, match="missing"):
         ledger.get(other)

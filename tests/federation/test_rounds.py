@@ -11,10 +11,11 @@ import torch
 
 from nebula.config import SGD, Blockwise, Codec, Membership, OuterSGD, Wan, Zstd
 from nebula.errors import PreflightError, RankFailure, SessionError
-from nebula.federation.journal import Journal
+from nebula.federation.journal_sqlite import SqliteJournal
 from nebula.federation.memory import MemoryStub
 from nebula.federation.merge import read_state
 from nebula.models.init import initial
+from nebula.wan.link import Wire
 from tests.federated import TINY, Federated, clusters, one_process, run_together, tiny, write_corpus
 
 PLAIN = Codec(steps=(), feedback=None)
@@ -149,7 +150,7 @@ def test_a_coordinator_killed_at_any_journal_step_ends_with_the_same_digest(
     federated = Federated(both_needed(tiny(corpus)), clusters(north=1, south=1), tmp_path, cache)
     agents = {name: federated.agent(name) for name in ("north", "south")}
     first, written = federated.hub, []
-    append = Journal.append
+    append = SqliteJournal.append
 
     def failing(journal, event):
         written.append(event)
@@ -157,7 +158,7 @@ def test_a_coordinator_killed_at_any_journal_step_ends_with_the_same_digest(
             raise OSError(errno.EIO, "pulled the plug")
         append(journal, event)
 
-    monkeypatch.setattr(Journal, "append", failing)
+    monkeypatch.setattr(SqliteJournal, "append", failing)
     replacing = Replacing(federated)
     for agent in agents.values():
         agent.transport._stub = replacing
@@ -175,6 +176,9 @@ class Replacing:
     def __init__(self, federated: Federated) -> None:
         self._federated = federated
         self._lock = threading.Lock()
+
+    def wire(self):
+        return Wire(0, 0, 0, available=False)
 
     def __getattr__(self, method):
         def call(request, timeout):
@@ -222,10 +226,10 @@ def break_at(agent, moment: str) -> None:
     if moment == "training":
         train = engine.train
 
-        def broken_train(round, *rest):
-            if round == 1:
+        def broken_train(steps):
+            if steps.round == 1:
                 raise Killed
-            return train(round, *rest)
+            return train(steps)
 
         engine.train = broken_train
     elif moment == "delivered":  # both deltas are with the coordinator, the updates are not applied yet
@@ -253,11 +257,11 @@ def test_a_rank_that_dies_costs_a_rebuild_and_nothing_else(corpus, cache, tmp_pa
     agents = {name: federated.agent(name) for name in ("north", "south")}
     train, failures = agents["south"].engine.train, []
 
-    def failing(round, *rest):
-        if round == 1 and not failures:
-            failures.append(round)
+    def failing(steps):
+        if steps.round == 1 and not failures:
+            failures.append(steps.round)
             raise RankFailure(0, "rank 0 was killed")
-        return train(round, *rest)
+        return train(steps)
 
     agents["south"].engine.train = failing
     summary = federated.finish(agents)

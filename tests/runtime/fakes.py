@@ -66,7 +66,7 @@ class FakeGateway:
     def join(self) -> tuple[bytes, bytes]:
         return b"agreement", b"tokenizer"
 
-    def plan(self, held, report, rebuilds) -> RoundPlan:
+    def plan(self, held, report) -> RoundPlan:
         if self.behaviour == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         return RoundPlan(action="done", reason="torch" if "torch" in sys.modules else "light")

@@ -5,10 +5,11 @@ import pytest
 from nebula.errors import NebulaError, RankFailure, UsageError
 from nebula.runtime import engine
 from nebula.runtime.engine import GroupEngine, attempt, settle
-from nebula.types import Evaluation, Held, Report, StartReport
+from nebula.types import Evaluation, Held, Report, StartReport, Steps
 from nebula.wan.digest import fragment_digest
 
 LANES = [{"w": (1, 2)}, {"w": (10, 20), "b": (3, 4)}]
+STEPS = Steps(round=4, position=24, first=0, count=2, total=6)
 REPORT = Report(steps=2, tokens=8, loss=1.5, seconds=0.1)
 
 
@@ -76,14 +77,14 @@ def test_a_round_reaches_the_ranks():
     group = FakeGroup()
     ranks = GroupEngine(lambda: group)
     ranks.start()
-    assert ranks.train(4, 0, 2, 6) == REPORT
+    assert ranks.train(STEPS) == REPORT
     assert ranks.pull("f0") == ["ref0", "ref1"]
     assert ranks.push("f0", "update", "payload", merged=True) == fragment_digest(LANES)
     assert ranks.push("f0", "state", "payload", merged=False) == fragment_digest(LANES)
     assert ranks.evaluate(1, 3) == Evaluation(loss_sum=2.0, tokens=4)
     ranks.save(5, {"f0": Held(4, "sha256:ab")})
     assert group.calls[1:] == [
-        ("train", 4, 0, 2, 6),
+        ("train", STEPS),
         ("encode", "f0"),
         ("apply", "f0", "payload", True),
         ("adopt", "f0", "payload"),

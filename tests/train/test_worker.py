@@ -20,7 +20,7 @@ from nebula.errors import NebulaError, PacketError, UsageError
 from nebula.models.init import parameter_shapes
 from nebula.parallel.export import by_name, region
 from nebula.train.worker import Worker
-from nebula.types import Slice
+from nebula.types import Slice, Steps
 from nebula.wan.codec.pipeline import Encoder, Pipeline, decode
 from nebula.wan.digest import fragment_digest, lanes
 from nebula.wan.frame import pack, unpack
@@ -59,6 +59,10 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "facts": federation.clusters["north"].model_dump_json().encode(),
         "cache": str(tmp_path_factory.mktemp("cache")),
     }
+
+
+def steps(round: int, first: int, count: int) -> Steps:
+    return Steps(round=round, position=3 * round, first=first, count=count, total=3)
 
 
 # --- what runs in the ranks -----------------------------------------------------------------------------------------
@@ -134,7 +138,7 @@ def update_from(packets: list[bytes]) -> bytes:
 
 def round_trip(of: Cluster, number: int) -> tuple[Any, ...]:
     """One round; everything that can be seen of it from outside."""
-    report = of.all("train", number, 0, 3, 3)[0]
+    report = of.all("train", steps(number, 0, 3))[0]
     packets = {fragment: of.all("encode", fragment) for fragment in ("f0", "f1")}
     digests = [of.digest("apply", fragment, update_from(sent), True) for fragment, sent in packets.items()]
     return report.loss, packets, digests
@@ -150,7 +154,7 @@ def test_every_layout_starts_from_and_trains_to_the_same(cluster: Any) -> None:
             digests = [fragment_digest(report.lanes[f] for report in of.started) for f in ("f0", "f1")]
             assert all(report.held == {"f0": 0, "f1": 0} for report in of.started)
             parameters = {report.parameters for report in of.started}
-            reports = [*of.all("train", 0, 0, 2, 3), *of.all("train", 0, 2, 1, 3)]
+            reports = [*of.all("train", steps(0, 0, 2)), *of.all("train", steps(0, 2, 1))]
             evaluations = of.all("evaluate", 0, 1)
             assert reports[:world] == reports[:1] * world
             assert evaluations == evaluations[:1] * world
@@ -169,7 +173,7 @@ def test_every_layout_starts_from_and_trains_to_the_same(cluster: Any) -> None:
 def test_an_update_gives_the_same_digest_on_every_layout(cluster: Any) -> None:
     with cluster(2) as of:
         base = of.state()
-        of.all("train", 0, 0, 3, 3)
+        of.all("train", steps(0, 0, 3))
         packets = of.all("encode", "f1")
         assert of.all("encode", "f1") == packets
         payload = update_from(packets)
@@ -182,14 +186,14 @@ def test_an_update_gives_the_same_digest_on_every_layout(cluster: Any) -> None:
             assert (state[f"parameter/{where.name}"] == state[f"base/{where.name}"]).all()
     for world in (1, 3):
         with cluster(world) as of:
-            of.all("train", 0, 0, 1, 3)
+            of.all("train", steps(0, 0, 1))
             assert of.digest("apply", "f1", payload, False) == expected
             assert all((delta == 0).all() for delta in whole(of.all("encode", "f1")).values())
 
 
 def test_deltas_measure_what_training_changed(cluster: Any) -> None:
     with cluster(2) as of:
-        of.all("train", 0, 0, 3, 3)
+        of.all("train", steps(0, 0, 3))
         state = of.state()
         sent = whole(of.all("encode", "f0"))
         assert len(sent) > 3
@@ -201,7 +205,7 @@ def test_deltas_measure_what_training_changed(cluster: Any) -> None:
 @pytest.mark.parametrize("merged", [True, False])
 def test_feedback_moves_on_only_if_the_packet_was_merged(cluster: Any, merged: bool) -> None:
     with cluster(2) as of:
-        of.all("train", 0, 0, 3, 3)
+        of.all("train", steps(0, 0, 3))
         payload = update_from(of.all("encode", "f0"))
         of.all("apply", "f0", payload, merged)
         later = whole(of.all("encode", "f0"))
@@ -210,7 +214,7 @@ def test_feedback_moves_on_only_if_the_packet_was_merged(cluster: Any, merged: b
 
 def test_what_was_left_out_of_a_merged_packet_does_not_outlive_the_adoption_of_a_state(cluster: Any) -> None:
     with cluster(2) as of:
-        of.all("train", 0, 0, 3, 3)
+        of.all("train", steps(0, 0, 3))
         payload = update_from(of.all("encode", "f0"))
         of.all("apply", "f0", payload, True)
         of.all("adopt", "f0", payload)  # any values will do
@@ -228,7 +232,7 @@ def test_adopting_a_state_replaces_base_and_parameters(cluster: Any) -> None:
     losses = []
     for world in (1, 2):
         with cluster(world) as of:
-            of.all("train", 0, 0, 3, 3)
+            of.all("train", steps(0, 0, 3))
             of.all("encode", "f0")
             of.all("evaluate", 0, 1)  # which must not leave gathered parameters behind
             assert of.digest("adopt", "f0", payload) == expected
@@ -276,13 +280,13 @@ def test_another_number_of_ranks_resumes_from_the_same_state(cluster: Any, befor
         _, _, digests = round_trip(of, 0)
         of.all("save", 1, {"f0": (1, digests[0]), "f1": (1, digests[1])})
         left = of.state()
-        onward = of.all("train", 1, 0, 3, 3)[0]
+        onward = of.all("train", steps(1, 0, 3))[0]
     with cluster(after, "kept") as of:
         assert [fragment_digest(report.lanes[f] for report in of.started) for f in ("f0", "f1")] == digests
         found = of.state()
         assert found.keys() == left.keys()
         assert all((found[name] == left[name]).all() for name in left)
-        assert of.all("train", 1, 0, 3, 3)[0].loss == pytest.approx(onward.loss, rel=1e-6)
+        assert of.all("train", steps(1, 0, 3))[0].loss == pytest.approx(onward.loss, rel=1e-6)
 
 
 def test_a_torn_checkpoint_falls_back_to_the_one_before(cluster: Any, tmp_path: Path) -> None:
@@ -304,3 +308,11 @@ def test_a_checkpoint_of_another_run_is_refused(cluster: Any, ranks: Ranks, opti
     (error,) = made.fails("start", made.address)
     assert isinstance(error, UsageError)
     assert "another model or seed" in str(error)
+
+
+def test_checkpoints_may_lie_at_a_url(ranks: Ranks, options: dict[str, Any]) -> None:
+    for version in (0, 1):
+        made = Cluster(ranks, 1, options | {"checkpoints": "memory://bucket/north"})
+        assert made.all("start", made.address)[0].held == {"f0": version, "f1": version}
+        made.all("save", 1, {"f0": (1, "sha256:a"), "f1": (1, "sha256:b")})
+        made.all("stop")

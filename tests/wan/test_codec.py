@@ -282,9 +282,17 @@ def test_a_round_that_did_not_happen_leaves_the_residual():
     first = encoder.encode(tensors_of([(30, 30)], seed=2))
     encoder.settle(False)
     assert all(torch.equal(encoder.residual()[where], x) for where, x in before.items())
-    encoder.settle(True)  # nothing in flight
-    assert all(torch.equal(encoder.residual()[where], x) for where, x in before.items())
     assert same(first, encoder.encode(tensors_of([(30, 30)], seed=2)))
+
+
+def test_a_packet_that_was_merged_but_is_not_at_hand_takes_the_residual_along():
+    """A cluster sent it, crashed, and was restored from before: its residual is in what was merged already."""
+    encoder = Encoder(INT4)
+    encoder.encode(tensors_of([(30, 30)], seed=1))
+    encoder.settle(True)
+    encoder.settle(True)
+    assert encoder.residual() == {}
+    assert same(Encoder(INT4).encode(tensors_of([(30, 30)], seed=2)), encoder.encode(tensors_of([(30, 30)], seed=2)))
 
 
 def test_encode_leaves_its_input_alone():

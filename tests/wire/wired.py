@@ -45,7 +45,7 @@ class Wired:
         return Identity.load(self.federated.folder / "pki" / name)
 
     def stub(self, cluster: str) -> GrpcStub:
-        return GrpcStub(f"127.0.0.1:{self.relays[cluster].port}", self.identity(cluster))
+        return GrpcStub(f"127.0.0.1:{self.relays[cluster].port}", self.federated.folder / "pki" / cluster)
 
     def gateway(self, cluster: str, **changes: Any) -> Gateway:
         address = f"127.0.0.1:{self.relays[cluster].port}"

@@ -26,7 +26,7 @@ from nebula.proto.v1 import packet_pb2 as nebula_dot_proto_dot_v1_dot_packet__pb
 from nebula.proto.v1 import run_pb2 as nebula_dot_proto_dot_v1_dot_run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n nebula/proto/v1/federation.proto\x12\x0fnebula.proto.v1\x1a\x1cnebula/proto/v1/packet.proto\x1a\x19nebula/proto/v1/run.proto2\x85\x02\n\nFederation\x12\x43\n\x04Join\x12\x1c.nebula.proto.v1.JoinRequest\x1a\x1d.nebula.proto.v1.JoinResponse\x12:\n\x04Plan\x12\x16.nebula.proto.v1.Frame\x1a\x16.nebula.proto.v1.Frame(\x01\x30\x01\x12:\n\x04Push\x12\x16.nebula.proto.v1.Frame\x1a\x16.nebula.proto.v1.Frame(\x01\x30\x01\x12:\n\x04Pull\x12\x16.nebula.proto.v1.Frame\x1a\x16.nebula.proto.v1.Frame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n nebula/proto/v1/federation.proto\x12\x0fnebula.proto.v1\x1a\x1cnebula/proto/v1/packet.proto\x1a\x19nebula/proto/v1/run.proto2\xc1\x02\n\nFederation\x12\x43\n\x04Join\x12\x1c.nebula.proto.v1.JoinRequest\x1a\x1d.nebula.proto.v1.JoinResponse\x12:\n\x04Plan\x12\x16.nebula.proto.v1.Frame\x1a\x16.nebula.proto.v1.Frame(\x01\x30\x01\x12:\n\x04\x42\x65\x61t\x12\x16.nebula.proto.v1.Frame\x1a\x16.nebula.proto.v1.Frame(\x01\x30\x01\x12:\n\x04Push\x12\x16.nebula.proto.v1.Frame\x1a\x16.nebula.proto.v1.Frame(\x01\x30\x01\x12:\n\x04Pull\x12\x16.nebula.proto.v1.Frame\x1a\x16.nebula.proto.v1.Frame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,5 +34,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'nebula.proto.v1.federation_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FEDERATION']._serialized_start=111
-  _globals['_FEDERATION']._serialized_end=372
+  _globals['_FEDERATION']._serialized_end=432
 # @@protoc_insertion_point(module_scope)

@@ -46,6 +46,11 @@ class FederationStub:
                 request_serializer=nebula_dot_proto_dot_v1_dot_packet__pb2.Frame.SerializeToString,
                 response_deserializer=nebula_dot_proto_dot_v1_dot_packet__pb2.Frame.FromString,
                 _registered_method=True)
+        self.Beat = channel.stream_stream(
+                '/nebula.proto.v1.Federation/Beat',
+                request_serializer=nebula_dot_proto_dot_v1_dot_packet__pb2.Frame.SerializeToString,
+                response_deserializer=nebula_dot_proto_dot_v1_dot_packet__pb2.Frame.FromString,
+                _registered_method=True)
         self.Push = channel.stream_stream(
                 '/nebula.proto.v1.Federation/Push',
                 request_serializer=nebula_dot_proto_dot_v1_dot_packet__pb2.Frame.SerializeToString,
@@ -75,6 +80,13 @@ class FederationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Beat(self, request_iterator, context):
+        """BeatRequest in, BeatResponse out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Push(self, request_iterator, context):
         """PushHead, then the payload; Receipt out.
         """
@@ -99,6 +111,11 @@ def add_FederationServicer_to_server(servicer, server):
             ),
             'Plan': grpc.stream_stream_rpc_method_handler(
                     servicer.Plan,
+                    request_deserializer=nebula_dot_proto_dot_v1_dot_packet__pb2.Frame.FromString,
+                    response_serializer=nebula_dot_proto_dot_v1_dot_packet__pb2.Frame.SerializeToString,
+            ),
+            'Beat': grpc.stream_stream_rpc_method_handler(
+                    servicer.Beat,
                     request_deserializer=nebula_dot_proto_dot_v1_dot_packet__pb2.Frame.FromString,
                     response_serializer=nebula_dot_proto_dot_v1_dot_packet__pb2.Frame.SerializeToString,
             ),
@@ -166,6 +183,33 @@ class Federation:
             request_iterator,
             target,
             '/nebula.proto.v1.Federation/Plan',
+            nebula_dot_proto_dot_v1_dot_packet__pb2.Frame.SerializeToString,
+            nebula_dot_proto_dot_v1_dot_packet__pb2.Frame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Beat(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/nebula.proto.v1.Federation/Beat',
             nebula_dot_proto_dot_v1_dot_packet__pb2.Frame.SerializeToString,
             nebula_dot_proto_dot_v1_dot_packet__pb2.Frame.FromString,
             options,

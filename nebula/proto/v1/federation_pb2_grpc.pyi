@@ -37,6 +37,8 @@ class FederationStub:
     Join: _grpc.UnaryUnaryMultiCallable[_run_pb2.JoinRequest, _run_pb2.JoinResponse]
     Plan: _grpc.StreamStreamMultiCallable[_packet_pb2.Frame, _packet_pb2.Frame]
     """PlanRequest in, PlanResponse out."""
+    Beat: _grpc.StreamStreamMultiCallable[_packet_pb2.Frame, _packet_pb2.Frame]
+    """BeatRequest in, BeatResponse out."""
     Push: _grpc.StreamStreamMultiCallable[_packet_pb2.Frame, _packet_pb2.Frame]
     """PushHead, then the payload; Receipt out."""
     Pull: _grpc.StreamStreamMultiCallable[_packet_pb2.Frame, _packet_pb2.Frame]
@@ -50,6 +52,8 @@ class FederationAsyncStub(FederationStub):
     Join: _aio.UnaryUnaryMultiCallable[_run_pb2.JoinRequest, _run_pb2.JoinResponse]  # type: ignore[assignment]
     Plan: _aio.StreamStreamMultiCallable[_packet_pb2.Frame, _packet_pb2.Frame]  # type: ignore[assignment]
     """PlanRequest in, PlanResponse out."""
+    Beat: _aio.StreamStreamMultiCallable[_packet_pb2.Frame, _packet_pb2.Frame]  # type: ignore[assignment]
+    """BeatRequest in, BeatResponse out."""
     Push: _aio.StreamStreamMultiCallable[_packet_pb2.Frame, _packet_pb2.Frame]  # type: ignore[assignment]
     """PushHead, then the payload; Receipt out."""
     Pull: _aio.StreamStreamMultiCallable[_packet_pb2.Frame, _packet_pb2.Frame]  # type: ignore[assignment]
@@ -72,6 +76,14 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_packet_pb2.Frame], _abc.AsyncIterator[_packet_pb2.Frame]]:
         """PlanRequest in, PlanResponse out."""
+
+    @_abc_1.abstractmethod
+    def Beat(
+        self,
+        request_iterator: _MaybeAsyncIterator[_packet_pb2.Frame],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_packet_pb2.Frame], _abc.AsyncIterator[_packet_pb2.Frame]]:
+        """BeatRequest in, BeatResponse out."""
 
     @_abc_1.abstractmethod
     def Push(

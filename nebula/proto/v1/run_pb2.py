@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from nebula.proto.v1 import packet_pb2 as nebula_dot_proto_dot_v1_dot_packet__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19nebula/proto/v1/run.proto\x12\x0fnebula.proto.v1\x1a\x1cnebula/proto/v1/packet.proto\"\x80\x01\n\x0cSessionOffer\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x11\n\tagreement\x18\x02 \x01(\t\x12\x15\n\rephemeral_key\x18\x03 \x01(\x0c\x12\r\n\x05nonce\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x05 \x01(\x0c\x12\x11\n\tsignature\x18\x06 \x01(\x0c\"l\n\rSessionAnswer\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x15\n\rephemeral_key\x18\x02 \x01(\x0c\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x04 \x01(\x0c\x12\x11\n\tsignature\x18\x05 \x01(\x0c\";\n\x0bJoinRequest\x12,\n\x05offer\x18\x01 \x01(\x0b\x32\x1d.nebula.proto.v1.SessionOffer\"g\n\x0cJoinResponse\x12.\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x1e.nebula.proto.v1.SessionAnswer\x12\'\n\x07welcome\x18\x02 \x03(\x0b\x32\x16.nebula.proto.v1.Frame\"/\n\x07Welcome\x12\x11\n\tagreement\x18\x01 \x01(\x0c\x12\x11\n\ttokenizer\x18\x02 \x01(\x0c\"\'\n\x04Held\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"\xa7\x02\n\x0bRoundReport\x12\r\n\x05round\x18\x01 \x01(\x04\x12\r\n\x05steps\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x05 \x01(\x01\x12\x15\n\rstall_seconds\x18\x06 \x01(\x01\x12\x15\n\reval_loss_sum\x18\x07 \x01(\x01\x12\x13\n\x0b\x65val_tokens\x18\x08 \x01(\x04\x12\x10\n\x08up_bytes\x18\t \x01(\x04\x12\x12\n\ndown_bytes\x18\n \x01(\x04\x12\x18\n\x10payload_up_bytes\x18\x0b \x01(\x04\x12\x1a\n\x12payload_down_bytes\x18\x0c \x01(\x04\x12\x0f\n\x07retries\x18\r \x01(\x04\x12\x13\n\x0brtt_seconds\x18\x0e \x01(\x01\"\xc7\x01\n\x0bPlanRequest\x12\x34\n\x04held\x18\x01 \x03(\x0b\x32&.nebula.proto.v1.PlanRequest.HeldEntry\x12,\n\x06report\x18\x02 \x01(\x0b\x32\x1c.nebula.proto.v1.RoundReport\x12\x10\n\x08rebuilds\x18\x03 \x01(\x04\x1a\x42\n\tHeldEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.nebula.proto.v1.Held:\x02\x38\x01\"\xbd\x02\n\x0cPlanResponse\x12\x34\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32$.nebula.proto.v1.PlanResponse.Action\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x13\n\x0binner_steps\x18\x03 \x01(\x04\x12\x30\n\tfragments\x18\x04 \x03(\x0b\x32\x1d.nebula.proto.v1.FragmentPlan\x12\x12\n\neval_index\x18\x05 \x01(\r\x12\x12\n\neval_count\x18\x06 \x01(\r\x12\x0e\n\x06reason\x18\x07 \x01(\t\"i\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x41\x43TION_TRAIN\x10\x01\x12\x13\n\x0f\x41\x43TION_CATCH_UP\x10\x02\x12\x0f\n\x0b\x41\x43TION_STOP\x10\x03\x12\x0f\n\x0b\x41\x43TION_DONE\x10\x04\"*\n\x0c\x46ragmentPlan\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x04\"v\n\x08PushHead\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x10\n\x08\x66ragment\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x04\x12\x0c\n\x04\x62\x61se\x18\x04 \x01(\x04\x12\x0e\n\x06weight\x18\x05 \x01(\x01\x12\r\n\x05parts\x18\x06 \x03(\x04\x12\x0e\n\x06sha256\x18\x07 \x01(\x0c\"\x98\x01\n\x07Receipt\x12/\n\x06status\x18\x01 \x01(\x0e\x32\x1f.nebula.proto.v1.Receipt.Status\"\\\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTATUS_ACCEPTED\x10\x01\x12\x14\n\x10STATUS_DUPLICATE\x10\x02\x12\x0f\n\x0bSTATUS_LATE\x10\x03\"\xae\x01\n\x0bPullRequest\x12/\n\x04kind\x18\x01 \x01(\x0e\x32!.nebula.proto.v1.PullRequest.Kind\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x10\n\x08\x66ragment\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x04\"=\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKIND_UPDATE\x10\x01\x12\x0e\n\nKIND_STATE\x10\x02\"\x97\x02\n\x08PullHead\x12\x30\n\x06status\x18\x01 \x01(\x0e\x32 .nebula.proto.v1.PullHead.Status\x12\x10\n\x08\x66ragment\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x14\n\x0c\x63ontributors\x18\x05 \x03(\t\x12\x15\n\rpayload_bytes\x18\x06 \x01(\x04\x12\x0e\n\x06sha256\x18\x07 \x01(\x0c\"i\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATUS_READY\x10\x01\x12\x12\n\x0eSTATUS_PENDING\x10\x02\x12\x0f\n\x0bSTATUS_GONE\x10\x03\x12\x10\n\x0cSTATUS_ENDED\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19nebula/proto/v1/run.proto\x12\x0fnebula.proto.v1\x1a\x1cnebula/proto/v1/packet.proto\"\x80\x01\n\x0cSessionOffer\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x11\n\tagreement\x18\x02 \x01(\t\x12\x15\n\rephemeral_key\x18\x03 \x01(\x0c\x12\r\n\x05nonce\x18\x04 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x05 \x01(\x0c\x12\x11\n\tsignature\x18\x06 \x01(\x0c\"z\n\rSessionAnswer\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x15\n\rephemeral_key\x18\x02 \x01(\x0c\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x13\n\x0b\x63\x65rtificate\x18\x04 \x01(\x0c\x12\x11\n\tsignature\x18\x05 \x01(\x0c\x12\x0c\n\x04term\x18\x06 \x01(\x04\";\n\x0bJoinRequest\x12,\n\x05offer\x18\x01 \x01(\x0b\x32\x1d.nebula.proto.v1.SessionOffer\"g\n\x0cJoinResponse\x12.\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x1e.nebula.proto.v1.SessionAnswer\x12\'\n\x07welcome\x18\x02 \x03(\x0b\x32\x16.nebula.proto.v1.Frame\"/\n\x07Welcome\x12\x11\n\tagreement\x18\x01 \x01(\x0c\x12\x11\n\ttokenizer\x18\x02 \x01(\x0c\"\'\n\x04Held\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"\xb5\x02\n\x0bRoundReport\x12\r\n\x05round\x18\x01 \x01(\x04\x12\r\n\x05steps\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x05 \x01(\x01\x12\x15\n\rstall_seconds\x18\x06 \x01(\x01\x12\x15\n\reval_loss_sum\x18\x07 \x01(\x01\x12\x13\n\x0b\x65val_tokens\x18\x08 \x01(\x04\x12\x10\n\x08up_bytes\x18\t \x01(\x04\x12\x12\n\ndown_bytes\x18\n \x01(\x04\x12\x18\n\x10payload_up_bytes\x18\x0b \x01(\x04\x12\x1a\n\x12payload_down_bytes\x18\x0c \x01(\x04\x12\x0f\n\x07retries\x18\r \x01(\x04\x12\x13\n\x0brtt_seconds\x18\x0e \x01(\x01\x12\x0c\n\x04life\x18\x0f \x01(\x06\"\xb5\x01\n\x0bPlanRequest\x12\x34\n\x04held\x18\x01 \x03(\x0b\x32&.nebula.proto.v1.PlanRequest.HeldEntry\x12,\n\x06report\x18\x02 \x01(\x0b\x32\x1c.nebula.proto.v1.RoundReport\x1a\x42\n\tHeldEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.nebula.proto.v1.Held:\x02\x38\x01\"\xcf\x02\n\x0cPlanResponse\x12\x34\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32$.nebula.proto.v1.PlanResponse.Action\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x13\n\x0binner_steps\x18\x03 \x01(\x04\x12\x30\n\tfragments\x18\x04 \x03(\x0b\x32\x1d.nebula.proto.v1.FragmentPlan\x12\x12\n\neval_index\x18\x05 \x01(\r\x12\x12\n\neval_count\x18\x06 \x01(\r\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x10\n\x08position\x18\x08 \x01(\x04\"i\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x41\x43TION_TRAIN\x10\x01\x12\x13\n\x0f\x41\x43TION_CATCH_UP\x10\x02\x12\x0f\n\x0b\x41\x43TION_STOP\x10\x03\x12\x0f\n\x0b\x41\x43TION_DONE\x10\x04\"*\n\x0c\x46ragmentPlan\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x04\"J\n\x0b\x42\x65\x61tRequest\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x0f\n\x07leaving\x18\x04 \x01(\x08\"\x0e\n\x0c\x42\x65\x61tResponse\"v\n\x08PushHead\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x10\n\x08\x66ragment\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x04\x12\x0c\n\x04\x62\x61se\x18\x04 \x01(\x04\x12\x0e\n\x06weight\x18\x05 \x01(\x01\x12\r\n\x05parts\x18\x06 \x03(\x04\x12\x0e\n\x06sha256\x18\x07 \x01(\x0c\"\x98\x01\n\x07Receipt\x12/\n\x06status\x18\x01 \x01(\x0e\x32\x1f.nebula.proto.v1.Receipt.Status\"\\\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTATUS_ACCEPTED\x10\x01\x12\x14\n\x10STATUS_DUPLICATE\x10\x02\x12\x0f\n\x0bSTATUS_LATE\x10\x03\"\xcd\x01\n\x0bPullRequest\x12/\n\x04kind\x18\x01 \x01(\x0e\x32!.nebula.proto.v1.PullRequest.Kind\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x10\n\x08\x66ragment\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\r\n\x05\x63hunk\x18\x05 \x01(\x0c\"M\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0bKIND_UPDATE\x10\x01\x12\x0e\n\nKIND_STATE\x10\x02\x12\x0e\n\nKIND_CHUNK\x10\x03\"\xa7\x02\n\x08PullHead\x12\x30\n\x06status\x18\x01 \x01(\x0e\x32 .nebula.proto.v1.PullHead.Status\x12\x10\n\x08\x66ragment\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x14\n\x0c\x63ontributors\x18\x05 \x03(\t\x12\x15\n\rpayload_bytes\x18\x06 \x01(\x04\x12\x0e\n\x06sha256\x18\x07 \x01(\x0c\x12\x0e\n\x06\x63hunks\x18\x08 \x03(\x0c\"i\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATUS_READY\x10\x01\x12\x12\n\x0eSTATUS_PENDING\x10\x02\x12\x0f\n\x0bSTATUS_GONE\x10\x03\x12\x10\n\x0cSTATUS_ENDED\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,39 +37,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONOFFER']._serialized_start=77
   _globals['_SESSIONOFFER']._serialized_end=205
   _globals['_SESSIONANSWER']._serialized_start=207
-  _globals['_SESSIONANSWER']._serialized_end=315
-  _globals['_JOINREQUEST']._serialized_start=317
-  _globals['_JOINREQUEST']._serialized_end=376
-  _globals['_JOINRESPONSE']._serialized_start=378
-  _globals['_JOINRESPONSE']._serialized_end=481
-  _globals['_WELCOME']._serialized_start=483
-  _globals['_WELCOME']._serialized_end=530
-  _globals['_HELD']._serialized_start=532
-  _globals['_HELD']._serialized_end=571
-  _globals['_ROUNDREPORT']._serialized_start=574
-  _globals['_ROUNDREPORT']._serialized_end=869
-  _globals['_PLANREQUEST']._serialized_start=872
-  _globals['_PLANREQUEST']._serialized_end=1071
-  _globals['_PLANREQUEST_HELDENTRY']._serialized_start=1005
-  _globals['_PLANREQUEST_HELDENTRY']._serialized_end=1071
-  _globals['_PLANRESPONSE']._serialized_start=1074
-  _globals['_PLANRESPONSE']._serialized_end=1391
-  _globals['_PLANRESPONSE_ACTION']._serialized_start=1286
-  _globals['_PLANRESPONSE_ACTION']._serialized_end=1391
-  _globals['_FRAGMENTPLAN']._serialized_start=1393
-  _globals['_FRAGMENTPLAN']._serialized_end=1435
-  _globals['_PUSHHEAD']._serialized_start=1437
-  _globals['_PUSHHEAD']._serialized_end=1555
-  _globals['_RECEIPT']._serialized_start=1558
-  _globals['_RECEIPT']._serialized_end=1710
-  _globals['_RECEIPT_STATUS']._serialized_start=1618
-  _globals['_RECEIPT_STATUS']._serialized_end=1710
-  _globals['_PULLREQUEST']._serialized_start=1713
-  _globals['_PULLREQUEST']._serialized_end=1887
-  _globals['_PULLREQUEST_KIND']._serialized_start=1826
-  _globals['_PULLREQUEST_KIND']._serialized_end=1887
-  _globals['_PULLHEAD']._serialized_start=1890
-  _globals['_PULLHEAD']._serialized_end=2169
-  _globals['_PULLHEAD_STATUS']._serialized_start=2064
-  _globals['_PULLHEAD_STATUS']._serialized_end=2169
+  _globals['_SESSIONANSWER']._serialized_end=329
+  _globals['_JOINREQUEST']._serialized_start=331
+  _globals['_JOINREQUEST']._serialized_end=390
+  _globals['_JOINRESPONSE']._serialized_start=392
+  _globals['_JOINRESPONSE']._serialized_end=495
+  _globals['_WELCOME']._serialized_start=497
+  _globals['_WELCOME']._serialized_end=544
+  _globals['_HELD']._serialized_start=546
+  _globals['_HELD']._serialized_end=585
+  _globals['_ROUNDREPORT']._serialized_start=588
+  _globals['_ROUNDREPORT']._serialized_end=897
+  _globals['_PLANREQUEST']._serialized_start=900
+  _globals['_PLANREQUEST']._serialized_end=1081
+  _globals['_PLANREQUEST_HELDENTRY']._serialized_start=1015
+  _globals['_PLANREQUEST_HELDENTRY']._serialized_end=1081
+  _globals['_PLANRESPONSE']._serialized_start=1084
+  _globals['_PLANRESPONSE']._serialized_end=1419
+  _globals['_PLANRESPONSE_ACTION']._serialized_start=1314
+  _globals['_PLANRESPONSE_ACTION']._serialized_end=1419
+  _globals['_FRAGMENTPLAN']._serialized_start=1421
+  _globals['_FRAGMENTPLAN']._serialized_end=1463
+  _globals['_BEATREQUEST']._serialized_start=1465
+  _globals['_BEATREQUEST']._serialized_end=1539
+  _globals['_BEATRESPONSE']._serialized_start=1541
+  _globals['_BEATRESPONSE']._serialized_end=1555
+  _globals['_PUSHHEAD']._serialized_start=1557
+  _globals['_PUSHHEAD']._serialized_end=1675
+  _globals['_RECEIPT']._serialized_start=1678
+  _globals['_RECEIPT']._serialized_end=1830
+  _globals['_RECEIPT_STATUS']._serialized_start=1738
+  _globals['_RECEIPT_STATUS']._serialized_end=1830
+  _globals['_PULLREQUEST']._serialized_start=1833
+  _globals['_PULLREQUEST']._serialized_end=2038
+  _globals['_PULLREQUEST_KIND']._serialized_start=1961
+  _globals['_PULLREQUEST_KIND']._serialized_end=2038
+  _globals['_PULLHEAD']._serialized_start=2041
+  _globals['_PULLHEAD']._serialized_end=2336
+  _globals['_PULLHEAD_STATUS']._serialized_start=2231
+  _globals['_PULLHEAD_STATUS']._serialized_end=2336
 # @@protoc_insertion_point(module_scope)

@@ -67,12 +67,15 @@ class SessionAnswer(_message.Message):
     NONCE_FIELD_NUMBER: _builtins.int
     CERTIFICATE_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Fresh for every join; frames of an older epoch of the same cluster are refused."""
     ephemeral_key: _builtins.bytes
     nonce: _builtins.bytes
     certificate: _builtins.bytes
     signature: _builtins.bytes
+    term: _builtins.int
+    """The coordinator's fencing number: a cluster that has seen a later one refuses this answer."""
     def __init__(
         self,
         *,
@@ -81,10 +84,11 @@ class SessionAnswer(_message.Message):
         nonce: _builtins.bytes = ...,
         certificate: _builtins.bytes = ...,
         signature: _builtins.bytes = ...,
+        term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "ephemeral_key", b"ephemeral_key", "epoch", b"epoch", "nonce", b"nonce", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "ephemeral_key", b"ephemeral_key", "epoch", b"epoch", "nonce", b"nonce", "signature", b"signature", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -201,6 +205,7 @@ class RoundReport(_message.Message):
     PAYLOAD_DOWN_BYTES_FIELD_NUMBER: _builtins.int
     RETRIES_FIELD_NUMBER: _builtins.int
     RTT_SECONDS_FIELD_NUMBER: _builtins.int
+    LIFE_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     steps: _builtins.int
     tokens: _builtins.int
@@ -210,12 +215,14 @@ class RoundReport(_message.Message):
     eval_loss_sum: _builtins.float
     eval_tokens: _builtins.int
     up_bytes: _builtins.int
-    """Since this agent process started."""
+    """Since this gateway process started."""
     down_bytes: _builtins.int
     payload_up_bytes: _builtins.int
     payload_down_bytes: _builtins.int
     retries: _builtins.int
     rtt_seconds: _builtins.float
+    life: _builtins.int
+    """Drawn at random by each gateway process."""
     def __init__(
         self,
         *,
@@ -233,10 +240,11 @@ class RoundReport(_message.Message):
         payload_down_bytes: _builtins.int = ...,
         retries: _builtins.int = ...,
         rtt_seconds: _builtins.float = ...,
+        life: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "down_bytes", b"down_bytes", "eval_loss_sum", b"eval_loss_sum", "eval_tokens", b"eval_tokens", "loss", b"loss", "payload_down_bytes", b"payload_down_bytes", "payload_up_bytes", b"payload_up_bytes", "retries", b"retries", "round", b"round", "rtt_seconds", b"rtt_seconds", "stall_seconds", b"stall_seconds", "steps", b"steps", "tokens", b"tokens", "up_bytes", b"up_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "down_bytes", b"down_bytes", "eval_loss_sum", b"eval_loss_sum", "eval_tokens", b"eval_tokens", "life", b"life", "loss", b"loss", "payload_down_bytes", b"payload_down_bytes", "payload_up_bytes", b"payload_up_bytes", "retries", b"retries", "round", b"round", "rtt_seconds", b"rtt_seconds", "stall_seconds", b"stall_seconds", "steps", b"steps", "tokens", b"tokens", "up_bytes", b"up_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -269,9 +277,6 @@ class PlanRequest(_message.Message):
 
     HELD_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
-    REBUILDS_FIELD_NUMBER: _builtins.int
-    rebuilds: _builtins.int
-    """Groups of ranks rebuilt since this agent started."""
     @_builtins.property
     def held(self) -> _containers.MessageMap[_builtins.str, Global___Held]:
         """By fragment."""
@@ -283,11 +288,10 @@ class PlanRequest(_message.Message):
         *,
         held: _abc.Mapping[_builtins.str, Global___Held] | None = ...,
         report: Global___RoundReport | None = ...,
-        rebuilds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "rebuilds", b"rebuilds", "report", b"report"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "report", b"report"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -306,7 +310,7 @@ class PlanResponse(_message.Message):
         ACTION_UNSPECIFIED: PlanResponse._Action.ValueType  # 0
         ACTION_TRAIN: PlanResponse._Action.ValueType  # 1
         ACTION_CATCH_UP: PlanResponse._Action.ValueType  # 2
-        """Fetch the state of `fragments`, then ask again."""
+        """Reach these versions of `fragments`, then ask again."""
         ACTION_STOP: PlanResponse._Action.ValueType  # 3
         """The run is being stopped; everything is kept for resume."""
         ACTION_DONE: PlanResponse._Action.ValueType  # 4
@@ -315,7 +319,7 @@ class PlanResponse(_message.Message):
     ACTION_UNSPECIFIED: PlanResponse.Action.ValueType  # 0
     ACTION_TRAIN: PlanResponse.Action.ValueType  # 1
     ACTION_CATCH_UP: PlanResponse.Action.ValueType  # 2
-    """Fetch the state of `fragments`, then ask again."""
+    """Reach these versions of `fragments`, then ask again."""
     ACTION_STOP: PlanResponse.Action.ValueType  # 3
     """The run is being stopped; everything is kept for resume."""
     ACTION_DONE: PlanResponse.Action.ValueType  # 4
@@ -327,6 +331,7 @@ class PlanResponse(_message.Message):
     EVAL_INDEX_FIELD_NUMBER: _builtins.int
     EVAL_COUNT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
     action: Global___PlanResponse.Action.ValueType
     round: _builtins.int
     inner_steps: _builtins.int
@@ -334,6 +339,8 @@ class PlanResponse(_message.Message):
     """Evaluate the global model before training: windows index, index + count, … of the held-out set. 0 = no."""
     eval_count: _builtins.int
     reason: _builtins.str
+    position: _builtins.int
+    """Inner steps of all rounds before this one."""
     @_builtins.property
     def fragments(self) -> _containers.RepeatedCompositeFieldContainer[Global___FragmentPlan]: ...
     def __init__(
@@ -346,10 +353,11 @@ class PlanResponse(_message.Message):
         eval_index: _builtins.int = ...,
         eval_count: _builtins.int = ...,
         reason: _builtins.str = ...,
+        position: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "eval_count", b"eval_count", "eval_index", b"eval_index", "fragments", b"fragments", "inner_steps", b"inner_steps", "reason", b"reason", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "eval_count", b"eval_count", "eval_index", b"eval_index", "fragments", b"fragments", "inner_steps", b"inner_steps", "position", b"position", "reason", b"reason", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -376,6 +384,52 @@ class FragmentPlan(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FragmentPlan: _TypeAlias = FragmentPlan  # noqa: Y015
+
+@_typing.final
+class BeatRequest(_message.Message):
+    """--- beat: a sign of life while nothing else is said --------------------------------------------------------------"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    step: _builtins.int
+    steps: _builtins.int
+    leaving: _builtins.bool
+    """This cluster leaves: do not wait for it."""
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        step: _builtins.int = ...,
+        steps: _builtins.int = ...,
+        leaving: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leaving", b"leaving", "round", b"round", "step", b"step", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeatRequest: _TypeAlias = BeatRequest  # noqa: Y015
+
+@_typing.final
+class BeatResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeatResponse: _TypeAlias = BeatResponse  # noqa: Y015
 
 @_typing.final
 class PushHead(_message.Message):
@@ -474,23 +528,30 @@ class PullRequest(_message.Message):
         KIND_UPDATE: PullRequest._Kind.ValueType  # 1
         """The packet that takes version - 1 to version."""
         KIND_STATE: PullRequest._Kind.ValueType  # 2
-        """The whole fragment at the newest version."""
+        """The whole fragment at the newest version: which chunks it is made of."""
+        KIND_CHUNK: PullRequest._Kind.ValueType  # 3
+        """One chunk of a state, so that a transfer that broke is taken up where it was."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: PullRequest.Kind.ValueType  # 0
     KIND_UPDATE: PullRequest.Kind.ValueType  # 1
     """The packet that takes version - 1 to version."""
     KIND_STATE: PullRequest.Kind.ValueType  # 2
-    """The whole fragment at the newest version."""
+    """The whole fragment at the newest version: which chunks it is made of."""
+    KIND_CHUNK: PullRequest.Kind.ValueType  # 3
+    """One chunk of a state, so that a transfer that broke is taken up where it was."""
 
     KIND_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     FRAGMENT_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
     kind: Global___PullRequest.Kind.ValueType
     role: _builtins.str
     fragment: _builtins.str
     version: _builtins.int
+    chunk: _builtins.bytes
+    """SHA-256 of the chunk that is wanted."""
     def __init__(
         self,
         *,
@@ -498,10 +559,11 @@ class PullRequest(_message.Message):
         role: _builtins.str = ...,
         fragment: _builtins.str = ...,
         version: _builtins.int = ...,
+        chunk: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fragment", b"fragment", "kind", b"kind", "role", b"role", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "fragment", b"fragment", "kind", b"kind", "role", b"role", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -543,6 +605,7 @@ class PullHead(_message.Message):
     CONTRIBUTORS_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
     status: Global___PullHead.Status.ValueType
     fragment: _builtins.str
     version: _builtins.int
@@ -551,6 +614,10 @@ class PullHead(_message.Message):
     sha256: _builtins.bytes
     @_builtins.property
     def contributors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Of a state, which has no payload of its own: the SHA-256 of each of its chunks, in order."""
+
     def __init__(
         self,
         *,
@@ -561,10 +628,11 @@ class PullHead(_message.Message):
         contributors: _abc.Iterable[_builtins.str] | None = ...,
         payload_bytes: _builtins.int = ...,
         sha256: _builtins.bytes = ...,
+        chunks: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributors", b"contributors", "digest", b"digest", "fragment", b"fragment", "payload_bytes", b"payload_bytes", "sha256", b"sha256", "status", b"status", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "contributors", b"contributors", "digest", b"digest", "fragment", b"fragment", "payload_bytes", b"payload_bytes", "sha256", b"sha256", "status", b"status", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

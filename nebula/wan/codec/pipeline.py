@@ -125,9 +125,10 @@ class Encoder:
         return apply(self._pipeline.rest, packet)
 
     def settle(self, merged: bool) -> None:
-        """The fate of the last packet. True: its error is carried on. False: the round did not happen, the residual
-        stays as it was. Without a packet in flight, nothing changes."""
-        if merged and self._pending is not None:
+        """The fate of the last packet. True: its error is carried on; if the packet is not at hand any more (it was
+        sent before a crash), its error is lost, and the residual that went into it must not go into another. False:
+        the round did not happen, the residual stays as it was."""
+        if merged:
             self._residual = self._pending
         self._pending = None
 
