@@ -268,10 +268,12 @@ class Member(Config):
 
 
 class Agreement(Config):
-    """A recipe resolved against a cluster file. `members` are in sorted order, the order in which sums run.
+    """A recipe resolved against a cluster file. `members` are in sorted order, the order in which sums run. `id` is
+    drawn at random for each run: two runs of one recipe share no session, no journal and no place in a bucket.
     `tokenizer`: SHA-256 of the tokenizer's JSON; `unigram_entropy`: of the held-out tokens, nats."""
 
     schema_: Literal[1] = Field(1, alias="schema")
+    id: str = ""
     run: Run
     members: dict[Name, Member]
     tokenizer: str
@@ -297,7 +299,7 @@ class Agreement(Config):
         return self.run.inner_steps * self.tokens_per_step(cluster)
 
 
-def agree(run: Run, federation: Federation, *, tokenizer: str, unigram_entropy: float) -> Agreement:
+def agree(run: Run, federation: Federation, *, tokenizer: str, unigram_entropy: float, id: str = "") -> Agreement:
     """Resolve a recipe against a cluster file. Raises ValueError where they do not fit together."""
     if run.membership.quorum > len(federation.clusters):
         raise ValueError(f"membership.quorum {run.membership.quorum} exceeds the {len(federation.clusters)} clusters")
@@ -305,4 +307,4 @@ def agree(run: Run, federation: Federation, *, tokenizer: str, unigram_entropy: 
         name: Member(ranks=c.ranks, batch=c.batch if c.batch is not None else run.batch * c.ranks)
         for name, c in sorted(federation.clusters.items())
     }
-    return Agreement(schema=1, run=run, members=members, tokenizer=tokenizer, unigram_entropy=unigram_entropy)
+    return Agreement(schema=1, id=id, run=run, members=members, tokenizer=tokenizer, unigram_entropy=unigram_entropy)

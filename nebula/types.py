@@ -137,7 +137,8 @@ class RoundPlan:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundReport:
     """What a cluster tells the coordinator with its next plan request. Bytes and retries count from the start of a
-    gateway's process, of which there may be several in turn: `life` tells them apart. `eval` belongs to the global model at the start of `round`."""
+    gateway's process, of which there may be several in turn: `life` tells them apart. `eval` belongs to the global
+    model at the start of `round`."""
 
     round: int
     steps: int

@@ -55,7 +55,7 @@ def command(
         "tokenizer": tokenizer,
         "cluster": cluster,
         "facts": facts.model_dump_json().encode(),
-        "checkpoints": facts.checkpoints or str((out / "checkpoints" / cluster).absolute()),
+        "checkpoints": _checkpoints(facts, agreed, out / "checkpoints" / cluster),
         "cache": str(cache_folder()),
     }
     agent = Agent(
@@ -73,6 +73,13 @@ def command(
     finally:
         agent.engine.stop()
     transport.close()
+
+
+def _checkpoints(facts: Cluster, agreed: Agreement, folder: Path) -> str:
+    """Where this cluster's checkpoints go. Runs and clusters may share a bucket: each has a place of its own."""
+    if facts.checkpoints is None:
+        return str(folder.absolute())
+    return f"{facts.checkpoints.rstrip('/')}/{agreed.run.name}-{agreed.id}/{folder.name}"
 
 
 def _facts(path: Path, cluster: str) -> Cluster:

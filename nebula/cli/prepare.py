@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,9 @@ def prepare(run: Run, federation: Federation, out: Path) -> RunDir:
     data = prepare_data(run.data, run.model.vocab, sorted(federation.clusters), cache_folder())
     digest = "sha256:" + hashlib.sha256(data.tokenizer.encode()).hexdigest()
     try:
-        agreement = agree(run, federation, tokenizer=digest, unigram_entropy=data.unigram_entropy)
+        agreement = agree(
+            run, federation, tokenizer=digest, unigram_entropy=data.unigram_entropy, id=secrets.token_hex(6)
+        )
     except ValueError as error:
         raise UsageError(f"the recipe and the cluster file do not fit together: {error}") from error
 

@@ -12,12 +12,12 @@ from nebula.config import Agreement
 from nebula.errors import JournalError, PacketError
 from nebula.federation import coordinator as machine
 from nebula.federation.aggregate import Shapes
-from nebula.federation.coordinator import Fragment, State
 from nebula.federation.events import Committed, Event
 from nebula.federation.merge import fragment_shapes
 from nebula.federation.reading import read_events
 from nebula.federation.restore import existing_ledger, fetched, parameters
 from nebula.federation.shell import rules_of
+from nebula.federation.state import Fragment, State, initial
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def audit(folder: Path, agreement: Agreement, journal: str = "", blobs: str = ""
 
 
 def _replayed(events: Sequence[Event], agreement: Agreement, fragments: tuple[str, ...]) -> State:
-    state = machine.initial(rules_of(agreement, fragments))
+    state = initial(rules_of(agreement, fragments))
     try:
         return reduce(lambda state, event: machine.step(state, event, 0.0)[0], events, state)
     except LookupError as error:  # a cluster, fragment or delta that no event before told of

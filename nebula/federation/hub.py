@@ -11,7 +11,6 @@ from nebula.clock import REAL, Clock
 from nebula.config import Agreement
 from nebula.errors import AuthError, FrameError, PacketError
 from nebula.federation import coordinator as machine
-from nebula.federation.coordinator import Fragment, State
 from nebula.federation.events import (
     Arrived,
     Committed,
@@ -24,6 +23,7 @@ from nebula.federation.journal import Journal
 from nebula.federation.merge import largest_payload, read_delta
 from nebula.federation.sessions import Sessions, check_peer
 from nebula.federation.shell import Shell
+from nebula.federation.state import Fragment, State
 from nebula.proto.v1 import run_pb2 as pb
 from nebula.proto.v1.packet_pb2 import Frame
 from nebula.security.pki import Identity

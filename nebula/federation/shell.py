@@ -20,7 +20,6 @@ from nebula.config import Agreement
 from nebula.errors import JournalError, NebulaError, PreflightError, QuorumError
 from nebula.federation import coordinator as machine
 from nebula.federation import narrate
-from nebula.federation.coordinator import Fragment, Rules, State
 from nebula.federation.events import (
     Alarm,
     Effect,
@@ -36,6 +35,7 @@ from nebula.federation.events import (
 )
 from nebula.federation.journal import JOURNALED, Journal
 from nebula.federation.merge import Merger
+from nebula.federation.state import Fragment, Rules, State, initial
 from nebula.federation.tally import Tally
 from nebula.wan.digest import global_digest
 
@@ -61,7 +61,7 @@ class Shell:
         params = sum(prod(shape) for shapes in self._merger.shapes.values() for shape in shapes.values())
         self.tally = Tally(params)
         self._merges: deque[Merge] = deque()
-        self._state = self._recover(machine.initial(rules_of(agreement, tuple(self._merger.shapes))))
+        self._state = self._recover(initial(rules_of(agreement, tuple(self._merger.shapes))))
         self._task = Task(clock, "merge", self._merge_all)
         self._apply(Tick())
 

@@ -180,8 +180,8 @@ class LinkMonitor:
             self._rtts.append(seconds)
 
     def observe_transfer(self, direction: Direction, size: int, seconds: float) -> None:
-        """`size` payload bytes took `seconds`. For payloads: a small call tells of the round trip only, and one too quick
-        for the clock tells nothing."""
+        """`size` payload bytes took `seconds`. For payloads: a small call tells of the round trip only, and one too
+        quick for the clock tells nothing."""
         if size < 0 or seconds < 0:
             raise ValueError(f"a transfer has bytes and takes time, not {size} bytes in {seconds} s")
         if seconds == 0:

@@ -21,9 +21,9 @@ import torch
 from nebula.config import Codec, Membership
 from nebula.errors import AuthError, FrameError, NebulaError, PacketError, SessionError
 from nebula.federation import hub as hub_module
-from nebula.federation.coordinator import State
 from nebula.federation.memory import MemoryStub
 from nebula.federation.service import Service
+from nebula.federation.state import State
 from nebula.proto.v1 import run_pb2 as pb
 from nebula.proto.v1.packet_pb2 import Frame
 from nebula.security.pki import Identity

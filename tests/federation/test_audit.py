@@ -28,6 +28,7 @@ from nebula.federation.merge import fragment_shapes
 from nebula.federation.reading import read_events
 from nebula.federation.restore import load_global
 from nebula.federation.shell import _live_blobs, rules_of
+from nebula.federation.state import initial
 
 AGREEMENT = make_agreement()
 DIGEST = AGREEMENT.digest()
@@ -87,7 +88,7 @@ def test_all_is_well_and_stays_as_it_is(left):
 
 
 def test_just_what_a_coordinator_keeps_is_looked_at(left):
-    state = machine.initial(rules_of(AGREEMENT, FRAGMENTS))
+    state = initial(rules_of(AGREEMENT, FRAGMENTS))
     events = read_events(left / "journal.sqlite", agreement=DIGEST)
     state = reduce(lambda state, event: machine.step(state, event, 0.0)[0], events, state)
     looked = looked_at(left)

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nebula.federation import coordinator as machine
-from nebula.federation.coordinator import Rules, State
 from nebula.federation.events import (
     Alarm,
     Arrived,
@@ -25,6 +24,7 @@ from nebula.federation.events import (
     Tick,
     Waiting,
 )
+from nebula.federation.state import Rules, State, initial
 from nebula.types import Beat, Held, RoundReport
 
 NORTH, SOUTH = "north", "south"
@@ -54,7 +54,7 @@ def run(state: State, *events, now: float = 0.0):
 
 
 def founded(**changes) -> State:
-    state = machine.initial(rules(**changes))
+    state = initial(rules(**changes))
     state, _ = run(state, *(Committed(fragment=f, version=0, digest=f"d{f}0") for f in ("f0", "f1")))
     return run(state, Joined(cluster=NORTH, epoch=1), Joined(cluster=SOUTH, epoch=1))[0]
 

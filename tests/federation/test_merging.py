@@ -116,14 +116,15 @@ def test_the_ledger_refuses_what_is_missing_or_changed(tmp_path):
 
 
 def test_the_tally_survives_an_agent_that_counts_from_zero_again():
-    def report(round: int, up: int) -> RoundReport:
-        return RoundReport(round=round, steps=2, tokens=10, loss=1.0, compute_s=1.0, stall_s=0.5, up_bytes=up)
+    def report(round: int, up: int, life: int) -> RoundReport:
+        seconds = {"compute_s": 1.0, "stall_s": 0.5}
+        return RoundReport(round=round, steps=2, tokens=10, loss=1.0, up_bytes=up, life=life, **seconds)
 
     tally = Tally(params=100)
     north = tally.of("north")
-    for round, up in enumerate([100, 200, 50, 120]):
-        north.reported(report(round, up))
-    assert north.total("up") == 320
+    for round, (life, up) in enumerate([(7, 100), (7, 200), (8, 250), (8, 320)]):
+        north.reported(report(round, up, life))
+    assert north.total("up") == 520
     assert north.inner_steps == 8
     wan = tally.summary(run="r", state="completed", global_digest="d")["clusters"]["north"]["wan"]
-    assert wan["up_bits_per_param_per_round"] == pytest.approx(320 * 8 / 100 / 4)
+    assert wan["up_bits_per_param_per_round"] == pytest.approx(520 * 8 / 100 / 4)

@@ -161,9 +161,9 @@ def test_a_coordinator_that_goes_and_comes_back_is_joined_again(moment, federate
         agents = wires.agents()
         train, save = agents["north"].engine.train, agents["north"].engine.save
 
-        def then_restart(round, *rest):
-            trained = train(round, *rest)
-            if moment == "in mid-round" and round == 1:
+        def then_restart(steps):
+            trained = train(steps)
+            if moment == "in mid-round" and steps.round == 1:
                 wait_for(wires.hub, lambda: all("south" in f.arrived for f in wires.hub.state.fragments.values()))
                 wires.restart()
             return trained
@@ -187,8 +187,8 @@ def test_bytes_of_a_connection_that_is_gone_still_count(federate, tmp_path):
         agreement, tokenizer = gateway.join()
         wires.relays["north"].cut()
         held = {name: Held(fragment.version, fragment.digest) for name, fragment in wires.hub.state.fragments.items()}
-        gateway.plan(held, None, 0)  # over a second connection
-        gateway.plan(held, RoundReport(round=0, steps=0, tokens=0, loss=0.0, compute_s=0.0, stall_s=0.0), 0)
+        gateway.plan(held, None)  # over a second connection
+        gateway.plan(held, RoundReport(round=0, steps=0, tokens=0, loss=0.0, compute_s=0.0, stall_s=0.0))
         gateway.close()
         assert wires.relays["north"].traffic.connections > 1
         assert wires.hub.tally.of("north").total("down") > len(agreement) + len(tokenizer)

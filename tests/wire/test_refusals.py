@@ -64,7 +64,7 @@ def test_a_coordinator_that_falls_silent(call, wires):
     wires.server.stop(grace=None).wait()
     ticket = PushTicket(role=ROLE, fragment="f0", round=0, base=0, weight=1.0)
     calls = {
-        "plan": lambda: gateway.plan({}, None, 0),
+        "plan": lambda: gateway.plan({}, None),
         "push": lambda: gateway.push(ticket, [b"x" * 3_000_000]),
         "pull": lambda: gateway.pull("update", "f0", 1),
     }

@@ -95,17 +95,17 @@ def test_join_is_refused_for_another_agreement(both):
 
 
 def test_plan_says_what_to_do_next(both):
-    first = both.north.plan(both.held(), None, 0)
+    first = both.north.plan(both.held(), None)
     assert (first.action, first.round, first.inner_steps) == ("train", 0, 2)
     assert first.fragments == {"f0": 0, "f1": 0}
     assert (first.eval_index, first.eval_count) == (0, 2)
-    assert both.south.plan(both.held(), None, 0).eval_index == 1
+    assert both.south.plan(both.held(), None).eval_index == 1
     held = both.held()
     both.commit(0)
-    behind = both.south.plan({**held, "f1": both.held()["f1"]}, None, 0)
+    behind = both.south.plan({**held, "f1": both.held()["f1"]}, None)
     assert (behind.action, behind.fragments) == ("catch_up", {"f0": 1})
     both.hub.stop("a test asks")
-    stopped = both.north.plan(both.held(), None, 0)
+    stopped = both.north.plan(both.held(), None)
     assert (stopped.action, stopped.reason) == ("stop", "a test asks")
 
 
@@ -113,7 +113,7 @@ def test_plan_brings_the_report(both):
     evaluation = Evaluation(loss_sum=12.5, tokens=4)
     report = RoundReport(round=0, steps=2, tokens=100, loss=3.25, compute_s=1.5, stall_s=0.5, eval=evaluation)
     both.commit(0)
-    both.north.plan(both.held(), report, 0)
+    both.north.plan(both.held(), report)
     heard = both.hub.state.reports[0]["north"]
     assert (heard.steps, heard.tokens, heard.loss, heard.compute_s, heard.stall_s) == (2, 100, 3.25, 1.5, 0.5)
     assert heard.eval == evaluation
@@ -167,5 +167,5 @@ def test_pull_of_what_is_no_longer_kept_or_will_never_be(both):
 def test_a_session_that_was_forgotten_is_opened_again(both):
     both.north.join()
     both.hub._sessions = hub_module.Sessions()
-    assert both.north.plan(both.held(), None, 0).action == "train"
+    assert both.north.plan(both.held(), None).action == "train"
     assert both.hub.state.epochs == {"north": 2}

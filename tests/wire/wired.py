@@ -19,6 +19,7 @@ from nebula.proto.v1.run_pb2 import JoinRequest, JoinResponse
 from nebula.runtime.gateway import Gateway
 from nebula.security.pki import Identity
 from nebula.sim.wan import Relay, running
+from nebula.wan.link import Wire
 from nebula.wan.transport import GrpcStub, Stub
 from tests.federated import Federated
 
@@ -123,11 +124,20 @@ class Meddler:
     def plan(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
         return self._call("plan", frames, timeout)
 
+    def beat(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
+        return self._call("beat", frames, timeout)
+
     def push(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
         return self._call("push", frames, timeout)
 
     def pull(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
         return self._call("pull", frames, timeout)
+
+    def wire(self) -> Wire:
+        return self._stub.wire()
+
+    def refusal(self, timeout: float) -> str | None:
+        return self._stub.refusal(timeout)
 
     def close(self) -> None:
         self._stub.close()

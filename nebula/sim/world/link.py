@@ -102,9 +102,7 @@ class SimLink:
         """Of the next call. In any weather the same numbers are drawn for it."""
         rng = self.rng
         frames, again, victim = (
-            rng.randint(0, CHANCES = ("refuse", "lose_request", "lose_answer", "cut", "repeat", "swap", "flip")
-
-MOST_FRAMES_BEFORE_A_CUT),
+            rng.randint(0, MOST_FRAMES_BEFORE_A_CUT),
             rng.uniform(0, REPEAT_WITHIN),
             rng.randrange(2),
         )

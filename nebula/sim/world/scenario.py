@@ -47,8 +47,8 @@ MOST_FAULTS = (2, 6, 14)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """`target`: a cluster, or the coordinator. `seconds`: how long it lasts, where it lasts. `amount`: 0 … 1, how bad it
-    is, or which of several forms it takes."""
+    """`target`: a cluster, or the coordinator. `seconds`: how long it lasts, where it lasts. `amount`: 0 … 1, how bad
+    it is, or which of several forms it takes."""
 
     at: float
     kind: Kind

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from nebula.checkpoint.ledger import Ledger
 from nebula.clock import REAL
 from nebula.config import Agreement
-from nebula.federation.coordinator import Fragment, State
 from nebula.federation.events import Committed, Merge
 from nebula.federation.hub import Hub
 from nebula.federation.merge import Merger
+from nebula.federation.state import Fragment, State
 from nebula.sim.world.engine import Produced
 
 if TYPE_CHECKING:
