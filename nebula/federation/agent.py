@@ -57,6 +57,9 @@ class Agent:
     _pace: float = 0.0
     _unsaved: bool = False
     """Whether the ranks hold a finished round that the disk does not."""
+    _due: int | None = None
+    """The checkpoint to write once the round before it is reported: a round on disk is not trained again, so its report
+    could not be had again."""
 
     def run(self) -> Literal["done", "stop"]:
         """Take part until the run is done or stopped. Raises what cannot be survived here."""
@@ -90,6 +93,8 @@ class Agent:
                     built = True
                 plan = self.transport.plan(self.held, report)
                 report = None
+                if self._due is not None:
+                    self._save(self._due)
                 match plan.action:
                     case "train":
                         report = self._round(plan)
@@ -117,7 +122,7 @@ class Agent:
         if plan.fragments:
             self._unsaved = True
             if (plan.round + 1) % self.checkpoint_every == 0:
-                self._save(plan.round + 1)
+                self._due = plan.round + 1
         return RoundReport(
             round=plan.round,
             steps=trained.steps,
@@ -137,7 +142,7 @@ class Agent:
 
     def _save(self, tag: int) -> None:
         self.engine.save(tag, self.held)
-        self._unsaved = False
+        self._unsaved, self._due = False, None
 
     def _evaluate(self, plan: RoundPlan) -> Evaluation | None:
         if not plan.eval_count:
@@ -245,7 +250,7 @@ class Agent:
     def _build(self) -> None:
         self.emit("phase", phase="building")
         self.held = self.engine.start()
-        self._unsaved = False
+        self._unsaved, self._due = False, None
 
     def _survive(self, failure: RankFailure, failures: int) -> None:
         self.emit("rank_failure", rank=failure.rank, message=failure.message)

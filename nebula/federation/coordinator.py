@@ -32,12 +32,15 @@ from nebula.federation.events import (
     Tick,
     Waiting,
 )
-from nebula.federation.membership import HISTORY, Pulse, deadline, heard
+from nebula.federation.membership import BEAT_SECONDS, HISTORY, Pulse, deadline, heard
 from nebula.federation.state import Fragment, Rules, Span, State
 from nebula.types import Held, RoundPlan
 
 WORTH_A_WORD = 10.0
 """Seconds that a round has waited before it says for whom."""
+
+STOOD_STILL = 2 * BEAT_SECONDS
+"""Seconds between two ticks, which come several times a second, that mean that this process stood still."""
 
 
 def restarted(state: State, now: float) -> State:
@@ -70,6 +73,7 @@ def step(state: State, event: Event, now: float) -> tuple[State, tuple[Effect, .
         case Heard():
             return _heard(state, event, now)
         case Tick():
+            state = replace(_excused(state, now), ticked=now)
             state, effects = _due(state, now)
             state, closing = _close(state, over=state.finished and _left(state, now))
             state, waiting = _say(state, now)
@@ -82,6 +86,25 @@ def step(state: State, event: Event, now: float) -> tuple[State, tuple[Effect, .
             since = state.leaving_since if under_way or state.leaving_since is not None else now
             stop_at = state.round + under_way
             return replace(state, stop_at=stop_at, stop_reason=event.reason, leaving_since=since), ()
+
+
+def _excused(state: State, now: float) -> State:
+    """A coordinator that stood still (its machine was suspended, its disk hung) did not hear anyone meanwhile. That is
+    nobody's fault: for whoever is waited for, this time has not passed."""
+    lost = 0.0 if state.ticked is None else now - state.ticked
+    if lost < STOOD_STILL:
+        return state
+
+    def later(time: float) -> float:
+        return min(time + lost, now)
+
+    fragments = {
+        name: replace(f, times={cluster: later(time) for cluster, time in f.times.items()})
+        for name, f in state.fragments.items()
+    }
+    pulses = {cluster: replace(pulse, last=later(pulse.last)) for cluster, pulse in state.pulses.items()}
+    leaving = None if state.leaving_since is None else later(state.leaving_since)
+    return replace(state, fragments=fragments, pulses=pulses, opened=later(state.opened), leaving_since=leaving)
 
 
 def _arrived(state: State, event: Arrived, now: float) -> tuple[State, tuple[Effect, ...]]:

@@ -93,6 +93,8 @@ class State:
     opened: float = 0.0
     witnessed: bool = False
     """Whether this process saw the current round open."""
+    ticked: float | None = None
+    """When time was last seen to pass."""
     pulses: Mapping[str, Pulse] = field(default_factory=dict)
     beats: Mapping[str, Beat] = field(default_factory=dict)
     """What each cluster last said of its progress."""

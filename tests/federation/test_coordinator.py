@@ -67,6 +67,15 @@ def alive(state: State, *clusters: str, now: float) -> State:
     return run(state, *(Heard(cluster=c) for c in clusters), now=now)[0]
 
 
+def waited(state: State, since: float, until: float):
+    """Tick every second from `since` on, and at `until`."""
+    effects = []
+    for now in [*(since + second for second in range(int(until - since) + 1)), until]:
+        state, more = run(state, Tick(), now=now)
+        effects += more
+    return state, effects
+
+
 def arrived(cluster: str, fragment: str, round: int, seconds: float | None = 1.0) -> Arrived:
     return Arrived(
         cluster=cluster,
@@ -155,9 +164,24 @@ def test_a_cluster_that_falls_silent_is_not_waited_for_longer_than_its_silence_i
     assert none == []
     until = state.pulses[SOUTH].silent_at
     assert 12.0 <= until < 20.0
-    assert run(state, Tick(), now=until - 0.1)[1] == []
+    state, none = waited(state, 6.0, until - 0.1)
+    assert none == []
     state, merges = run(state, Tick(), now=until)
     assert [(m.fragment, [a.cluster for a in m.arrivals]) for m in merges] == [("f0", [NORTH]), ("f1", [NORTH])]
+
+
+def test_a_coordinator_that_stood_still_does_not_blame_the_clusters():
+    state, _ = run(founded(quorum=2), *(Planned(cluster=c, held=held(0)) for c in (NORTH, SOUTH)), now=4.0)
+    state, none = run(state, arrived(NORTH, "f0", 0), Tick(), now=6.0)
+    assert none == []
+    state, none = run(state, Heard(cluster=SOUTH), Tick(), now=1006.0)
+    assert none == []
+    state, _ = run(state, arrived(NORTH, "f0", 0), Tick(), now=1007.0)
+    assert state.pulses[SOUTH].last == 1006.0
+    state, effects = waited(state, 1007.0, 1106.9)  # what it is awake for counts
+    assert [type(e) for e in effects] == [Waiting]
+    state, effects = run(state, Tick(), now=1107.0)
+    assert [type(e) for e in effects] == [QuorumLost]
 
 
 def test_a_cluster_that_leaves_is_not_waited_for_at_all_and_may_come_back():
