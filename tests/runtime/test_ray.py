@@ -147,7 +147,7 @@ def test_packets_and_payloads_pass_by_reference(transport):
 @pytest.mark.ray
 def test_the_gateway_answers_several_calls_at_once_and_has_no_torch(transport):
     assert transport.join() == (b"agreement", b"tokenizer")
-    assert transport.plan({}, None, 0).reason == "light"
+    assert transport.plan({}, None).reason == "light"
     with ThreadPoolExecutor(2) as pool:  # each waits for the other inside the gateway
         calls = [pool.submit(transport.pull, "update", "both", version) for version in (1, 2)]
         assert [call.result()[0].version for call in calls] == [1, 2]
@@ -166,7 +166,7 @@ def test_what_the_gateway_refuses_comes_through_as_itself(head, transport):
 def test_a_gateway_that_dies_is_replaced(transport):
     pid = transport.pid()
     os.kill(pid, signal.SIGKILL)
-    assert transport.plan({}, None, 0).action == "done"
+    assert transport.plan({}, None).action == "done"
     assert transport.pid() != pid
 
 
@@ -174,4 +174,4 @@ def test_a_gateway_that_dies_is_replaced(transport):
 def test_a_gateway_that_dies_of_the_call_is_not_replaced_for_ever(head):
     mortal = RayTransport("mortal", {"behaviour": "die"}, gateway="fakes:FakeGateway")
     with pytest.raises(NebulaError, match="the gateway died 3 times under one call"):
-        mortal.plan({}, None, 0)
+        mortal.plan({}, None)
