@@ -46,14 +46,16 @@ def test_a_coordinator_that_dies_is_replaced_on_another_machine(prepared, start,
     with postgres.running() as server:
         shared = ("--journal", server.url(), "--blobs", tmp_path / "shared")
         first = start("coordinator", run.path, "--port", port, *shared)
-        agents = [agent(start, run, name, port) for name in (NORTH, SOUTH)]
-        Watch(run.path, first, *agents).until(SOUTH, phase="pushing", round=2)
+        Watch(run.path, first).until(COORDINATOR, event="run_started")
         second = start("coordinator", elsewhere, "--port", free_port(), *shared)
         assert second.finish()[0] == 1, "there is one already"
         assert "in use by another coordinator" in "\n".join(second.said)
+        agents = [agent(start, run, name, port) for name in (NORTH, SOUTH)]
+        Watch(run.path, first, *agents).until(SOUTH, phase="pushing", round=2)
         os.kill(first.process.pid, signal.SIGKILL)
         third = start("coordinator", elsewhere, "--port", port, *shared)
         assert [process.finish()[0] for process in (third, *agents)] == [0, 0, 0], third.said
+        assert not run.summary.exists()
         told = summary(elsewhere)
         assert (told["state"], told["global_digest"]) == ("completed", reference["global_digest"])
         code, out = start("ckpt", "verify", elsewhere, *shared, "--json").finish()
