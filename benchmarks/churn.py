@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -26,12 +28,12 @@ from nebula.metrics.events import read
 
 FILE = Path(__file__).with_name("churn.json")
 CLUSTERS = ("ash", "birch", "cedar", "elm")
-ROUNDS = 150
+ROUNDS = 100
 ROUND_SECONDS = 60.0
 """A cluster's median, undisturbed."""
 
-SPAN = 4 * ROUNDS * ROUND_SECONDS
-"""Seconds for which things are made to happen: enough for a rule that waits three times as long as it works."""
+SPAN = 3 * ROUNDS * ROUND_SECONDS
+"""Seconds for which things are made to happen: enough for a rule that waits twice as long as it works."""
 
 Interval: TypeAlias = tuple[float, float]
 
@@ -48,23 +50,37 @@ class Life:
     cut: tuple[Interval, ...] = ()
 
     def heard(self, now: float) -> bool:
+        """Whether it can tell the coordinator something."""
         return _out_of(self.away, now) == now == _out_of(self.cut, now)
 
     def reaches(self, time: float) -> float:
-        """The first moment from `time` on in which it can tell the coordinator something."""
+        """The first moment from `time` on in which it can."""
         while (later := _out_of(self.cut, _out_of(self.away, time))) > time:
             time = later
         return time
 
+    def speed(self, now: float) -> float:
+        return next(self._speeds(now))[2]
+
+    def worked(self, begun: float, now: float) -> float:
+        """Seconds of work done between the two."""
+        parts = takewhile(lambda part: part[0] < now, self._speeds(begun))
+        return sum(speed * (min(until, now) - since) for since, until, speed in parts)
+
     def finishes(self, begun: float, work: float) -> float:
         """When so many seconds of work are done, if nothing kills it."""
-        changes = [since for since, _ in self.pace if since > begun]
-        for since, until in pairwise((begun, *changes, math.inf)):
-            speed = next((speed for start, speed in reversed(self.pace) if start <= since), 1.0)
+        for since, until, speed in self._speeds(begun):
             if speed * (until - since) >= work:
                 return since + work / speed
             work -= speed * (until - since)
         return math.inf
+
+    def _speeds(self, begun: float) -> Iterator[tuple[float, float, float]]:
+        """(since, until, speed) from `begun` on."""
+        first = bisect_right(self.pace, begun, key=itemgetter(0))
+        speed = self.pace[first - 1][1] if first else 1.0
+        for since, until in pairwise(((begun, speed), *self.pace[first:], (math.inf, 0.0))):
+            yield since[0], until[0], since[1]
 
     def dies(self, since: float, until: float) -> float | None:
         """If it is killed in between: when it is back."""
@@ -76,8 +92,7 @@ class Life:
         while True:
             begun = self.reaches(asked)
             done = self.reaches(self.finishes(begun, self.work[round]))
-            back = self.dies(begun, done)
-            if back is None:
+            if (back := self.dies(begun, done)) is None:
                 return done
             asked = back
 
@@ -172,7 +187,7 @@ HOW = {
     "flapping": "steady; elm's link is down for 2 to 40 s every 3 min on average",
     "days": "steady; all clusters' speed goes between 1 and 0.4 within 40 rounds, in four time zones",
     "throttled": "steady; for 20 to 40 min every 40 min on average, elm at once takes three times as long",
-    "hanging": "steady; every 50 rounds on average a cluster stands still for 1 to 20 min, though it says that it lives",
+    "hanging": "steady; every 50 rounds on average a cluster stands still for 1 to 20 min, though it beats",
     "everything": "sigma 0.3, preempted, days, and every link is down for 2 to 40 s every 10 min on average",
 }
 
@@ -191,32 +206,33 @@ def measured(run: Path) -> Trace:
     """Of a run's folder. Its rounds are repeated until there are enough."""
     seconds: dict[str, dict[int, float]] = {}
     for event in read(run / "events.jsonl"):
-        if event["event"] == "delta" and event["round"] > 0:  # in the first one they wait for each other's start
+        if event["event"] == "delta" and event["round"] > 0:  # the first one is about who started when
             seconds.setdefault(event["cluster"], {})[event["round"]] = event["seconds"]
-    middle = median(s for rounds in seconds.values() for s in rounds.values())
-    stretch = ROUND_SECONDS / middle
+    stretch = ROUND_SECONDS / median(s for rounds in seconds.values() for s in rounds.values())
     lives = {
-        name: Life(work=tuple(round(stretch * of[sorted(of)[r % len(of)]], 1) for r in range(ROUNDS)))
+        name: Life(work=tuple(round(stretch * of[1 + r % len(of)], 1) for r in range(ROUNDS)))
         for name, of in sorted(seconds.items())
     }
-    most = max(map(len, seconds.values()))
-    how = f"measured: {most} rounds of a real run of {len(lives)} clusters on one machine, {stretch:.0f} times as long"
+    rounds = len(next(iter(seconds.values())))
+    how = (
+        f"measured: {rounds} rounds of a real run of {len(lives)} clusters on one machine, {stretch:.0f} times as long"
+    )
     return Trace(how, lives)
 
 
-def write(traces: Mapping[str, Trace], file: Path = FILE) -> None:
-    """One line per cluster."""
+def text(traces: Mapping[str, Trace]) -> str:
+    """JSON, one line per cluster."""
 
     def lines(trace: Trace) -> str:
         lives = (f"   {json.dumps(name)}: {json.dumps(asdict(life))}" for name, life in trace.lives.items())
         return f'{{"how": {json.dumps(trace.how)}, "lives": {{\n' + ",\n".join(lives) + "}}"
 
-    file.write_text("{\n" + ",\n".join(f" {json.dumps(n)}: {lines(t)}" for n, t in traces.items()) + "}\n")
+    return "{\n" + ",\n".join(f" {json.dumps(name)}: {lines(trace)}" for name, trace in traces.items()) + "}\n"
 
 
-def main(run: Annotated[Path | None, typer.Option(help="Folder of a run to take the measured trace from.")] = None) -> None:
+def main(run: Annotated[Path | None, typer.Option(help="A run's folder, to measure the laptop trace.")] = None) -> None:
     laptop = load()["laptop"] if run is None else measured(run)
-    write({**simulate(), "laptop": laptop})
+    FILE.write_text(text({**simulate(), "laptop": laptop}))
 
 
 if __name__ == "__main__":

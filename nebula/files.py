@@ -17,6 +17,7 @@ class System(Protocol):
 
     def open(self, path: Path, flags: int, mode: int = 0o777, /) -> int: ...
     def read(self, descriptor: int, length: int, /) -> bytes: ...
+    def pread(self, descriptor: int, length: int, offset: int, /) -> bytes: ...
     def write(self, descriptor: int, data: bytes | memoryview, /) -> int: ...
     def fsync(self, descriptor: int, /) -> None: ...
     def close(self, descriptor: int, /) -> None: ...
@@ -33,6 +34,15 @@ def read(path: Path, system: System = os) -> bytes:
     try:
         length = system.stat(path).st_size + 1  # a file mostly comes in one piece
         return b"".join(iter(lambda: system.read(descriptor, length), b""))
+    finally:
+        system.close(descriptor)
+
+
+def read_at(path: Path, offset: int, length: int, system: System = os) -> bytes:
+    """`length` bytes from `offset` on, fewer where the file ends. Raises OSError."""
+    descriptor = system.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return system.pread(descriptor, length, offset)
     finally:
         system.close(descriptor)
 

@@ -51,6 +51,10 @@ class Bucket:
         with explained(self._where):
             return bytes(self._fs.cat_file(self._path(name)))
 
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        with explained(self._where):
+            return bytes(self._fs.cat_file(self._path(name), start=offset, end=offset + length))
+
     def names(self) -> list[str]:
         return [name for name in entries(self._fs, self._root, self._where) if not name.startswith(".")]
 

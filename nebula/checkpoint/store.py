@@ -23,6 +23,11 @@ class Store(Protocol):
         """Raises FileNotFoundError."""
         ...
 
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """`length` bytes of a blob from `offset` on, which is within it; fewer where it ends. Raises
+        FileNotFoundError."""
+        ...
+
     def names(self) -> list[str]:
         """Of all blobs, sorted."""
         ...
@@ -57,6 +62,9 @@ class Folder:
 
     def get(self, name: str) -> bytes:
         return files.read(self._path / name, self._system)
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        return files.read_at(self._path / name, offset, length, self._system)
 
     def names(self) -> list[str]:
         return sorted(name for name in self._system.listdir(self._path) if not name.startswith("."))

@@ -30,6 +30,7 @@ VERBS = {
     "agent": "Take part in a run as one cluster.",
     "report": "Write a run's report.html again.",
     "sample": "Let a trained model write text.",
+    "sim": "Put the protocol on trial in simulated worlds where everything fails.",
     "ckpt": "List and verify a run's checkpoints; export its model as one file.",
 }
 """Each is a module beside this one whose `command` is a function with typer parameters, or a group of them."""

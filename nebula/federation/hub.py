@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from math import isfinite
 
 from nebula.checkpoint.ledger import Ledger
 from nebula.clock import REAL, Clock
 from nebula.config import Agreement
-from nebula.errors import AuthError, FrameError, PacketError
+from nebula.errors import AuthError, FrameError, JournalError, PacketError
 from nebula.federation import coordinator as machine
-from nebula.federation.events import (
-    Arrived,
-    Committed,
-    Heard,
-    Joined,
-    Planned,
-    Reported,
-)
+from nebula.federation import pulls
+from nebula.federation.events import Arrived, Heard, Joined, Planned, Reported
 from nebula.federation.journal import Journal
 from nebula.federation.merge import largest_payload, read_delta
 from nebula.federation.sessions import Sessions, check_peer
 from nebula.federation.shell import Shell
-from nebula.federation.state import Fragment, State
 from nebula.proto.v1 import run_pb2 as pb
 from nebula.proto.v1.packet_pb2 import Frame
 from nebula.security.pki import Identity
@@ -56,6 +50,7 @@ class Hub(Shell):
         self._tokenizer = tokenizer
         self._identity = identity
         self._sessions = Sessions()
+        self._loans = pulls.Loans(ledger, agreement.run.membership.max_stall)
 
     # --- what agents ask ------------------------------------------------------------------------------------------
 
@@ -90,6 +85,7 @@ class Hub(Shell):
             if report is not None and report.round > self._state.reported.get(session.cluster, -1):
                 self._check_report(session.cluster, report)
                 self._apply(Reported(cluster=session.cluster, report=report))
+            self._loans.give_back(session.cluster, self._clock.now())
             self._apply(Planned(cluster=session.cluster, held=held))
             reply = machine.plan(self._state, session.cluster, held)
         yield from send(session.send, plan_response(reply), b"plan-answer")
@@ -113,11 +109,14 @@ class Hub(Shell):
 
     def pull(self, peer: str | None, frames: Iterable[Frame]) -> Iterator[Frame]:
         session, request, _ = self._sessions.head(peer, frames, pb.PullRequest, b"pull")
-        if request.role != ROLE or request.fragment not in self._state.fragments or request.kind not in _BLOBS:
+        if request.role != ROLE or request.fragment not in self._state.fragments or request.kind not in pulls.KINDS:
             raise PacketError(f"no {request.kind} of fragment {request.fragment!r} in role {request.role!r}")
-        head, payload = self._find(request)
+        try:
+            head, payload = self._find(session.cluster, request)
+        except JournalError as error:  # this coordinator ends, whoever asks is to ask its successor
+            raise ConnectionError(f"the coordinator cannot go on: {error}") from error
         yield from send(session.send, head, b"pull-answer")
-        if head.status == pb.PullHead.STATUS_READY:
+        if payload is not None:
             yield from session.send.seal(payload, context=payload_context(head))
 
     def _noted(self, cluster: str, frames: Iterator[Frame]) -> Iterator[Frame]:
@@ -188,41 +187,35 @@ class Hub(Shell):
             "delta", cluster=cluster, round=head.round, fragment=head.fragment, bytes=sum(head.parts), seconds=seconds
         )
 
-    def _find(self, request: pb.PullRequest) -> tuple[pb.PullHead, bytes]:
-        """Wait up to a long poll for what is asked."""
+    def _find(self, cluster: str, request: pb.PullRequest) -> tuple[pb.PullHead, bytes | None]:
+        """What to answer a pull: head, and payload if there is one."""
+        while True:
+            status, commit = self._wait_for(cluster, request)
+            if commit is None:
+                return pb.PullHead(status=status, fragment=request.fragment), None
+            read = partial(pulls.read, self._ledger, commit, request)
+            try:
+                return read()
+            except JournalError:  # damage, unless its time was over while it was read
+                with self._changed:
+                    if self._look(cluster, request)[1] is commit:
+                        return self._guard(read)
+
+    def _wait_for(self, cluster: str, request: pb.PullRequest) -> pulls.Found:
+        """What is asked, up to a long poll later."""
         until = self._clock.now() + min(LONG_POLL, self.agreement.run.membership.max_stall / 2)
         with self._changed:
             while True:
                 if self._failure is not None:
                     raise self._failure
-                fragment = self._state.fragments[request.fragment]
-                status, commit = _status(self._state, fragment, request)
+                status, commit = self._look(cluster, request)
                 left = until - self._clock.now()
                 if status != pb.PullHead.STATUS_PENDING or left <= 0:
                     break
                 self._changed.wait(left)
-        head = pb.PullHead(status=status, fragment=request.fragment)
-        if commit is None:
-            return head, b""
-        payload = self._ledger.get(commit.blobs[_BLOBS[request.kind]])
-        head.version, head.digest, head.payload_bytes = commit.version, commit.digest, len(payload)
-        head.contributors.extend(commit.contributors)
-        head.sha256 = hashlib.sha256(payload).digest()
-        return head, payload
+            if commit is not None and request.kind != pb.PullRequest.KIND_UPDATE:
+                self._loans.lend(cluster, commit, self._clock.now())
+        return status, commit
 
-
-_BLOBS = {pb.PullRequest.KIND_UPDATE: "update", pb.PullRequest.KIND_STATE: "params"}
-
-
-def _status(
-    state: State, fragment: Fragment, request: pb.PullRequest
-) -> tuple[pb.PullHead.Status.ValueType, Committed | None]:
-    if request.kind == pb.PullRequest.KIND_STATE:
-        return pb.PullHead.STATUS_READY, fragment.commit
-    for commit in fragment.chain:
-        if commit.version == request.version and commit.version > 0:
-            return pb.PullHead.STATUS_READY, commit
-    if request.version <= fragment.version:
-        return pb.PullHead.STATUS_GONE, None
-    ends = state.stop_at if state.stop_at is not None else state.rules.rounds
-    return (pb.PullHead.STATUS_ENDED if request.version > ends else pb.PullHead.STATUS_PENDING), None
+    def _look(self, cluster: str, request: pb.PullRequest) -> pulls.Found:
+        return pulls.find(self._state, self._loans.find(cluster, request.fragment), request)

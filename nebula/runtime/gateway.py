@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import grpc
 
@@ -24,6 +24,8 @@ from nebula.proto.v1.packet_pb2 import Frame
 from nebula.security.pki import Identity
 from nebula.security.session import Session, offer
 from nebula.types import ROLE, Beat, Held, Packets, Pulled, PushTicket, RoundPlan, RoundReport
+from nebula.wan import chunks
+from nebula.wan.chunks import CHUNK_BYTES
 from nebula.wan.link import LinkMonitor
 from nebula.wan.messages import beat_request, plan_of, plan_request
 from nebula.wan.transport import GrpcStub, Stub, payload_context, receive, send
@@ -34,8 +36,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.2, 3.0
 """Seconds between attempts; doubled from the first to the longest."""
 
 LEAST_PATIENCE = 15.0
-"""Seconds without movement, at the least (but for a shorter `max_stall`), after which a call is tried again: longer than
-the coordinator lets a pull wait, and than a frame takes on a poor link."""
+"""Seconds without movement, at the least (but for a shorter `max_stall`), after which a call is tried again: longer
+than the coordinator lets a pull wait, and than a frame takes on a poor link."""
 
 BEAT_TIMEOUT = 10.0
 """Seconds that a sign of life may take; by then, newer ones are under way."""
@@ -136,31 +138,55 @@ class Gateway:
         return verdict
 
     def pull(self, kind: Literal["update", "state"], fragment: str, version: int) -> tuple[Pulled, bytes]:
-        request = pb.PullRequest(kind=_KINDS[kind], role=ROLE, fragment=fragment, version=version)
-        while True:
-            head, payload = self._call(lambda session: self._fetch(session, request))
-            if head.status == pb.PullHead.STATUS_PENDING:
-                continue
-            self._payload_down += len(payload)
-            pulled = Pulled(
-                status=_STATUSES[head.status],
-                version=head.version,
-                digest=head.digest,
-                contributors=tuple(head.contributors),
-            )
-            return pulled, payload
+        head, payload = self._update(fragment, version) if kind == "update" else self._state(fragment)
+        pulled = Pulled(
+            status=_STATUSES[head.status],
+            version=head.version,
+            digest=head.digest,
+            contributors=tuple(head.contributors),
+        )
+        return pulled, payload
 
     def close(self) -> None:
         self._stub.close()
 
+    def _update(self, fragment: str, version: int) -> tuple[pb.PullHead, bytes]:
+        while True:
+            head, payload = self._ask(kind=pb.PullRequest.KIND_UPDATE, fragment=fragment, version=version)
+            if head.status != pb.PullHead.STATUS_PENDING:
+                self._payload_down += len(payload)
+                return head, payload
+
+    def _state(self, fragment: str) -> tuple[pb.PullHead, bytes]:
+        """The newest. Each of its chunks is asked for by itself, so a connection that breaks costs those under way."""
+
+        def chunk(of: pb.PullHead, sha256: bytes) -> bytes | None:
+            wanted = {"fragment": fragment, "version": of.version, "chunk": sha256}
+            head, payload = self._ask(kind=pb.PullRequest.KIND_CHUNK, **wanted)
+            return payload if head.status == pb.PullHead.STATUS_READY else None
+
+        def manifest() -> pb.PullHead:
+            return self._ask(kind=pb.PullRequest.KIND_STATE, fragment=fragment)[0]
+
+        start = self._clock.now()
+        head, state, moved = chunks.fetch(manifest, chunk, self._clock, CHUNK_BYTES)
+        self._monitor.observe_transfer("down", moved, self._clock.now() - start)
+        self._payload_down += moved
+        return head, state
+
+    def _ask(self, **wanted: Any) -> tuple[pb.PullHead, bytes]:
+        request = pb.PullRequest(role=ROLE, **wanted)
+        return self._call(lambda session: self._fetch(session, request))
+
     def _fetch(self, session: Session, request: pb.PullRequest) -> tuple[pb.PullHead, bytes]:
         frames = self._noted(self._stub.pull(send(session.send, request, b"pull"), timeout=self._patience))
         head = receive(session.receive, frames, pb.PullHead, b"pull-answer")
-        if head.status != pb.PullHead.STATUS_READY:
+        if head.status != pb.PullHead.STATUS_READY or request.kind == pb.PullRequest.KIND_STATE:
             return head, b""
         start = self._clock.now()
         payload = session.receive.open(frames, context=payload_context(head), limit=head.payload_bytes)
-        self._monitor.observe_transfer("down", len(payload), self._clock.now() - start)
+        if request.kind == pb.PullRequest.KIND_UPDATE:  # a chunk shares the link with others
+            self._monitor.observe_transfer("down", len(payload), self._clock.now() - start)
         if hashlib.sha256(payload).digest() != head.sha256:
             raise FrameError("hash", f"fragment {request.fragment} does not match the digest its head states")
         return head, payload
@@ -273,7 +299,6 @@ def _said(error: Exception) -> str:
     return str(error.details()) if isinstance(error, grpc.Call) else str(error)
 
 
-_KINDS = {"update": pb.PullRequest.KIND_UPDATE, "state": pb.PullRequest.KIND_STATE}
 _STATUSES: dict[pb.PullHead.Status.ValueType, Literal["ready", "gone", "ended"]] = {
     pb.PullHead.STATUS_READY: "ready",
     pb.PullHead.STATUS_GONE: "gone",

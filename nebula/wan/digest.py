@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Lanes: TypeAlias = tuple[int, int]
 """(S_0, S_1), each in [0, 2⁶⁴)."""
 
-CHUNK = 1 << 17
+CHUNK = 1 << 16
 """Elements summed at a time; bounds the extra memory to a few MB."""
 
 _MASK = 2**64 - 1
@@ -51,7 +51,7 @@ def lanes(tensor: Tensor, where: Slice) -> Lanes:
     total_L = torch.zeros(2, dtype=torch.int64, device=tensor.device)
     for piece, offset in _chunks(tensor.detach(), where.offset):
         bits = piece.contiguous().view(torch.int32).to(torch.int64)
-        total_L += torch.stack([_contract(bits, offset, lane) for lane in (0, 1)])
+        total_L += _contract(bits, offset)
     first, second = total_L.tolist()
     return first & _MASK, second & _MASK
 
@@ -88,21 +88,24 @@ def _chunks(tensor: Tensor, offset: tuple[int, ...]) -> Iterator[tuple[Tensor, t
     yield from _chunks(tensor.narrow(axis, half, tensor.shape[axis] - half), shifted)
 
 
-def _contract(bits: Tensor, offset: tuple[int, ...], lane: int) -> Tensor:
-    """Σ bits · Π weights as a 0-dim int64, one axis at a time from the last; int64 wraps, which is mod 2⁶⁴."""
+def _contract(bits: Tensor, offset: tuple[int, ...]) -> Tensor:
+    """[2] Σ bits · Π weights by lane, one axis at a time from the last; int64 wraps, which is mod 2⁶⁴."""
     import torch
 
+    sums = bits.expand(2, *bits.shape)
     for axis in reversed(range(bits.ndim)):
-        weights = torch.from_numpy(_weights(lane, axis, offset[axis], bits.shape[axis])).to(bits.device)
-        bits = (bits * weights).sum(-1)
-    return bits
+        weights_LN = torch.from_numpy(_weights(axis, offset[axis], bits.shape[axis])).to(bits.device)
+        sums = (sums * weights_LN.view(2, *(1,) * axis, -1)).sum(-1)
+    return sums
 
 
 @lru_cache(maxsize=64)
-def _weights(lane: int, axis: int, start: int, count: int) -> NDArray[np.int64]:
-    """A_{lane,axis}(start … start + count − 1): splitmix64 of the index in a stream of its own per lane and axis."""
-    stream = np.uint64((2 * axis + lane) << 48)  # global indices stay below 2⁴⁸
-    state = (stream + np.arange(start, start + count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+def _weights(axis: int, start: int, count: int) -> NDArray[np.int64]:
+    """[2, count] A_{l,axis}(start … start + count − 1) by lane l: splitmix64 of the index in a stream of its own per
+    lane and axis."""
+    streams_L1 = np.array([[2 * axis], [2 * axis + 1]], np.uint64) << np.uint64(48)  # global indices stay below 2⁴⁸
+    places_N = np.arange(start, start + count, dtype=np.uint64)
+    state = (streams_L1 + places_N + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((state ^ (state >> np.uint64(31))) | np.uint64(1)).view(np.int64)

@@ -45,9 +45,17 @@ def test_what_one_wrote_another_sees_at_once(url):
     assert other.names() == ["b"]
 
 
+def test_a_part_of_a_blob(url):
+    store = Bucket(url)
+    store.put("a", bytes(range(100)))
+    parts = [store.read("a", at, 30) for at in range(0, 100, 30)]
+    assert [len(part) for part in parts] == [30, 30, 30, 10]
+    assert b"".join(parts) == bytes(range(100))
+
+
 def test_what_is_missing_is_said_to_be(url):
     store = Bucket(url)
-    for look in (store.get, store.size):
+    for look in (store.get, store.size, lambda name: store.read(name, 0, 1)):
         with pytest.raises(FileNotFoundError):
             look("none")
 

@@ -18,7 +18,8 @@ from nebula.config import Cluster, Federation, Model, Run, agree
 from nebula.errors import PreflightError, RankFailure
 from nebula.files import System
 from nebula.sim.world.disk import PowerCut, SimDisk
-from nebula.sim.world.engine import Produced, SimEngine, toy_step
+from nebula.sim.world.engine import Produced, SimEngine
+from nebula.sim.world.rank import toy_step
 from nebula.train.exchange import Exchange
 from nebula.types import Held, Slice, Steps
 from nebula.wan.codec.layout import flatten

@@ -1,12 +1,12 @@
 """The processes of a simulated run: a coordinator and an agent per cluster, each life of which is the real program on a
-simulated clock, disk and network. What ends is started again, as a supervisor would."""
+simulated clock, disk and network. What ends is started again, as a supervisor would, unless it says it is done."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nebula import files
 from nebula.checkpoint.ledger import Ledger
@@ -33,7 +33,8 @@ RUN = Path("/run")
 
 @dataclass(eq=False)
 class Machine:
-    """A machine on which one program runs, again and again. `idle`: nothing is started until then."""
+    """A machine on which one program runs, again and again until it is `done`. `idle`: nothing is started until
+    then."""
 
     world: World
     name: str
@@ -41,6 +42,7 @@ class Machine:
     process: Process | None = None
     idle: float = 0.0
     lives: int = 0
+    done: bool = False
 
     def __post_init__(self) -> None:
         self.new_disk()
@@ -50,7 +52,7 @@ class Machine:
         self.disk.on_crash = self._step_crashed
 
     def start(self) -> None:
-        if self.process is not None or self.world.over:
+        if self.process is not None or self.done:
             return
         if self.idle > self.world.scheduler.now:
             self.world.scheduler.at(self.idle, self.start)
@@ -68,6 +70,7 @@ class Machine:
             how = self.program(process)
         except NebulaError as error:
             how = f"{type(error).__name__}: {error}"
+        self.done = how in ("done", "completed")
         self.world.say(self.name, "exit", how=how)
         # The exit ends whatever else the process has running, in a step of its own.
         self.world.scheduler.at(self.world.scheduler.now, lambda: self.end(process))
@@ -123,7 +126,7 @@ class Center(Machine):
     def program(self, process: Process) -> str:
         self.hub = self.service = None
         hub = self.open(process)
-        self.hub, self.service = hub, Service(hub, self.world.identities.coordinator.authority_pem)
+        self.hub, self.service = hub, Acquainted(hub, self.world.identities.coordinator.authority_pem)
         while (state := hub.ended()) is None:
             hub.tick()
             process.clock.sleep(TICK)
@@ -158,6 +161,18 @@ class Center(Machine):
         process = self.process = self.world.scheduler.process(self.name)
         process.spawn("main", lambda: self._main(process))
         self.world.scheduler.at(self.world.scheduler.now + 20.0, old.kill)
+
+
+class Acquainted(Service):
+    """Looks at a certificate once. They do not change here, and checking them is slow."""
+
+    _names: ClassVar[dict[bytes, str]] = {}
+
+    def _peer(self, context: Any) -> str:
+        (pem,) = context.auth_context()["x509_pem_cert"]
+        if pem not in self._names:
+            self._names[pem] = super()._peer(context)
+        return self._names[pem]
 
 
 @dataclass(eq=False)
@@ -249,6 +264,7 @@ class Counted(Gateway):
 
     def __init__(self, site: Site, **settings: Any) -> None:
         super().__init__(**settings)
+        self._life = Random(f"life {site.name} {site.lives} {site.world.scenario.seed}").getrandbits(63)
         self.pushed = 0
         self.said: list[int] = [0]
         site.world.transports.setdefault(site.name, []).append(self)

@@ -114,6 +114,12 @@ class SimDisk:
         handle.offset += len(data)
         return data
 
+    def pread(self, descriptor: int, length: int, offset: int, /) -> bytes:
+        node = self._handle(descriptor).node
+        if isinstance(node, Folder):
+            raise _error(errno.EISDIR, descriptor)
+        return node.read(offset, length)
+
     def write(self, descriptor: int, data: bytes | memoryview, /) -> int:
         handle = self._handle(descriptor)
         if isinstance(handle.node, Folder) or not handle.writable:

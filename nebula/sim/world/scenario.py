@@ -84,11 +84,6 @@ def draw(seed: int, most: int) -> Scenario:
     return Scenario(seed=seed, run=run, pace=pace, faults=tuple(faults), calm=calm)
 
 
-def faultless(scenario: Scenario) -> Scenario:
-    """The same run in good weather."""
-    return Scenario(seed=scenario.seed, run=scenario.run, pace=scenario.pace, faults=())
-
-
 def _time(fault: Fault) -> float:
     return fault.at
 

@@ -99,6 +99,10 @@ class Scheduler:
         """End what still runs. A world that is merely dropped would unwind whenever the collector comes to it."""
         for process in self._processes:
             process.kill()
+        self.stop()
+
+    def stop(self) -> None:
+        """Take none of the steps that are due so far."""
         self._queue.clear()
 
     # --- what waiting is made of ----------------------------------------------------------------------------------

@@ -32,11 +32,12 @@ INVARIANTS = {
 
 
 class Violation(AssertionError):
-    """`invariant`: its key in INVARIANTS."""
+    """`invariant`: its key in INVARIANTS; `what`: how it was violated."""
 
     def __init__(self, invariant: str, what: str) -> None:
         super().__init__(f"{INVARIANTS[invariant]}: {what}")
         self.invariant = invariant
+        self.what = what
 
 
 class Blobs:
@@ -50,6 +51,9 @@ class Blobs:
 
     def get(self, name: str) -> bytes:
         return self._data[name]
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        return self._data[name][offset : offset + length]
 
     def names(self) -> list[str]:
         return sorted(self._data)

@@ -3,8 +3,10 @@ over a network and disks that fail. Only the arithmetic of training is a toy."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +26,8 @@ from nebula.sim.world.disk import PowerCut
 from nebula.sim.world.engine import Produced
 from nebula.sim.world.link import CHANCES
 from nebula.sim.world.net import Network
-from nebula.sim.world.scenario import NAMES, Fault, Scenario, draw, faultless
+from nebula.sim.world.reference import undisturbed
+from nebula.sim.world.scenario import NAMES, Fault, Scenario, draw
 from nebula.sim.world.schedule import Process, Scheduler
 from nebula.sim.world.witness import Violation, Witness, check_counters
 from nebula.types import COORDINATOR
@@ -102,6 +105,7 @@ class World:
         check_counters(self, {name: hub.tally.of(name).total("payload_up") for name in self.sites})
         exact = self.witness.everyone and not self.caught_up
         self.over = Outcome(hub.global_digest(), exact, self.scheduler.now, self.events)
+        self.scheduler.stop()
 
     def _judge(self, who: str, how: str) -> None:
         """Exits that no fault explains."""
@@ -125,7 +129,7 @@ class World:
                 for fragment, held in site.agent.held.items():
                     self.witness.holds(site.name, fragment, held.version, held.digest)
         if sum(map(len, self.witness.commits.values())) > before:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, PowerCut):
                 self.witness.bounded(hub, len(self.center.disk.listdir(RUN / "blobs")))
 
     def _fail(self, process: Process) -> None:
@@ -235,20 +239,10 @@ def check(seed: int, clusters: int) -> Outcome:
 def judge(world: World) -> Outcome:
     outcome = world.run()
     if outcome.exact:
-        right = _undisturbed(world.scenario)
+        right = undisturbed(world.agreement)
         if outcome.digest != right:
             raise Violation("exact", f"the digest is {outcome.digest[:15]}, not {right[:15]}")
     return outcome
-
-
-_RIGHT: dict[str, str] = {}
-
-
-def _undisturbed(scenario: Scenario) -> str:
-    key = _agreement(scenario).digest()
-    if key not in _RIGHT:
-        _RIGHT[key] = World(faultless(scenario)).run().digest
-    return _RIGHT[key]
 
 
 def _agreement(scenario: Scenario) -> Agreement:
@@ -267,6 +261,7 @@ class Identities:
 def identities() -> Identities:
     """One PKI for all worlds of this process."""
     folder = Path(tempfile.mkdtemp(prefix="nebula-sim-"))
+    atexit.register(shutil.rmtree, folder)
     throwaway(folder, list(NAMES), [TLS_NAME])
     certificates = {name: (folder / name / CERTIFICATE).read_bytes() for name in NAMES}
     return Identities(folder, Identity.load(folder / COORDINATOR), certificates)

@@ -6,7 +6,7 @@ entry is the only place where a packet states its size; every step bounds its ow
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,16 +32,22 @@ class Layout:
     slices: tuple[Slice, ...]
 
     @cached_property
+    def sizes(self) -> list[int]:
+        """Values of each slice."""
+        return [wire.numel(piece.shape) for piece in self.slices]
+
+    @cached_property
+    def rooms(self) -> list[int]:
+        """Values that each slice takes up, its padding included."""
+        return [-(-size // self.align) * self.align for size in self.sizes]
+
+    @cached_property
     def elements(self) -> int:
-        return sum(wire.numel(piece.shape) for piece in self.slices)
+        return sum(self.sizes)
 
     @cached_property
     def padded(self) -> int:
-        return sum(self.room(piece) for piece in self.slices)
-
-    def room(self, piece: Slice) -> int:
-        """Values a slice takes up, its padding included."""
-        return -(-wire.numel(piece.shape) // self.align) * self.align
+        return sum(self.rooms)
 
 
 def flatten(tensors: Mapping[Slice, Tensor], align: int) -> Packet:
@@ -56,16 +62,12 @@ def flatten(tensors: Mapping[Slice, Tensor], align: int) -> Packet:
             hint="choose a smaller block",
         )
     device = next(iter(tensors.values())).device if tensors else None
-    values = torch.empty(layout.padded, dtype=torch.float32, device=device)
-    start = 0
-    for piece in layout.slices:
+    values = torch.zeros(layout.padded, dtype=torch.float32, device=device)
+    for piece, room in _rooms(values, layout):
         tensor = tensors[piece]
         assert tensor.dtype is torch.float32, f"{piece} is {tensor.dtype}"
         assert tensor.shape == piece.shape, f"{piece} comes with {tuple(tensor.shape)}"
-        used, end = start + tensor.numel(), start + layout.room(piece)
-        values[start:used].view(piece.shape).copy_(tensor)
-        values[used:end].zero_()
-        start = end
+        room.copy_(tensor)
     slices: list[Json] = [[piece.name, list(piece.offset), list(piece.shape)] for piece in layout.slices]
     return Packet({"values": values}, ({"kind": "layout", "align": align, "slices": slices},))
 
@@ -96,8 +98,11 @@ def unflatten(packet: Packet) -> dict[Slice, Tensor]:
     values = wire.array(packet, "values", torch.float32)
     if len(packet.trail) != 1 or len(packet.arrays) != 1 or values.numel() != layout.padded:
         raise PacketError(f"the packet does not hold just the {layout.padded} values that its layout needs")
-    rooms = [layout.room(piece) for piece in layout.slices]
-    return {
-        piece: room[: wire.numel(piece.shape)].view(piece.shape)
-        for piece, room in zip(layout.slices, torch.split(values, rooms) if rooms else (), strict=True)
-    }
+    return dict(_rooms(values, layout))
+
+
+def _rooms(values: Tensor, layout: Layout) -> Iterator[tuple[Slice, Tensor]]:
+    """Where each slice lies in "values", as views of its shape."""
+    rooms = torch.split(values, layout.rooms) if layout.rooms else ()
+    for piece, size, room in zip(layout.slices, layout.sizes, rooms, strict=True):
+        yield piece, room[:size].view(piece.shape)

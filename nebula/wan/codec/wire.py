@@ -42,9 +42,10 @@ def numel(shape: Sequence[int]) -> int:
     """Elements of a tensor of this shape. Raises PacketError where torch could not even describe it."""
     if len(shape) > MAX_DIMS:
         raise PacketError(f"a shape of {len(shape)} dims, at most {MAX_DIMS} are supported")
-    if min(shape, default=0) < 0 or math.prod(max(size, 1) for size in shape) > MAX_NUMEL:
+    count, least = math.prod(shape), min(shape, default=1)
+    if least < 0 or (count if least else math.prod(max(size, 1) for size in shape)) > MAX_NUMEL:
         raise PacketError(f"impossible shape {reprlib.repr(list(shape))}")
-    return math.prod(shape)
+    return count
 
 
 def integer(entry: Mapping[str, Json], key: str, low: int, high: int) -> int:
@@ -59,7 +60,7 @@ def integers(value: Json) -> tuple[int, ...]:
     """A JSON list of at most MAX_DIMS non-negative integers."""
     if not isinstance(value, list) or len(value) > MAX_DIMS:
         raise PacketError(f"{reprlib.repr(value)} is not a list of at most {MAX_DIMS} integers")
-    if not all(type(item) is int and 0 <= item <= MAX_NUMEL for item in value):
+    if {*map(type, value)} - {int} or not 0 <= min(value, default=0) <= max(value, default=0) <= MAX_NUMEL:
         raise PacketError(f"{reprlib.repr(value)} holds something other than integers from 0 to {MAX_NUMEL}")
     return tuple(value)
 
