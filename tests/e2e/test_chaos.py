@@ -31,7 +31,7 @@ def assert_nothing_was_lost(run_dir: Path, reference: dict) -> None:
     told, events = summary(run_dir), list(read(run_dir / "events.jsonl"))
     assert (told["state"], told["rounds"]) == ("completed", 6)
     assert told["global_digest"] == reference["global_digest"]
-    assert told["eval_loss"] == reference["eval_loss"]
+    assert (told["loss"], told["eval_loss"]) == (reference["loss"], reference["eval_loss"])
     assert [e for e in events if e["event"] == "alarm"] == []
 
 
