@@ -18,7 +18,7 @@ from nebula.federation.membership import BEAT_SECONDS
 from nebula.federation.state import Rules, initial
 from nebula.types import Beat, Held
 
-TICK_SECONDS = 0.5
+TICK_SECONDS = 1.0
 """Some of the real one's; not so many that it takes long."""
 MERGE_SECONDS = 1.0
 APPLY_SECONDS = 1.0

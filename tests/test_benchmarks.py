@@ -7,13 +7,14 @@ import json
 import os
 import sys
 import time
+from math import prod
 from pathlib import Path
 
 import pytest
 from runs import make_agreement
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from nebula.config import Agreement, Cluster
+from nebula.config import Agreement, Cluster, Link
 from nebula.recipe import load_recipe
 from nebula.runtime.engine import GroupEngine, Ranks
 from nebula.runtime.local import InProcess
@@ -167,3 +168,25 @@ def test_stages_follow_each_other_and_add_up():
     found = startup.stages(1.0, [3.0, 7.0, *startup.milestones(events)])
     assert found == dict(zip(startup.STAGES, (2.0, 4.0, 3.0, 2.0, 2.0, 2.0, 4.0), strict=True)) | {"total": 19.0}
     assert startup.later({"north": found, "south": found | {"total": 30.0}})["total"] == 30.0
+
+
+# --- rejoin -------------------------------------------------------------------------------------------------------
+
+
+def test_share_is_of_the_payload_alone():
+    rejoin = load("rejoin")
+    link = Link(rate_mbps=100.0, rtt_ms=50.0)
+    assert rejoin.Transfer(payload=25_000_000, crossed=30_000_000, seconds=4.0).share(link) == 0.5
+    turns = [
+        {"state": rejoin.Transfer(payload=12_500_000, crossed=n, seconds=n / 1e7)} for n in (13_000_000, 20_000_000)
+    ]
+    (found,) = rejoin.figures(link, turns).values()
+    assert (found["crossed, MB"].low, found["crossed, MB"].high) == (13.0, 20.0)
+    assert (found["seconds"].low, found["seconds"].high) == (1.3, 2.0)
+    assert (found["share"].low, found["share"].high) == (0.5, 1 / 1.3)
+
+
+def test_the_state_that_is_fetched_is_a_model_of_the_size_that_is_said():
+    rejoin = load("rejoin")
+    (shapes,) = rejoin.fragment_shapes(rejoin.agreement()).values()
+    assert round(sum(prod(shape) for shape in shapes.values()) / 1e6) == 31

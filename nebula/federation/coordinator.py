@@ -32,7 +32,7 @@ from nebula.federation.events import (
     Tick,
     Waiting,
 )
-from nebula.federation.membership import BEAT_SECONDS, HISTORY, Pulse, deadline, heard
+from nebula.federation.membership import BEAT_SECONDS, HISTORY, Pulse, advanced, deadline, heard
 from nebula.federation.state import Fragment, Rules, Span, State
 from nebula.types import Held, RoundPlan
 
@@ -56,7 +56,8 @@ def restarted(state: State, now: float) -> State:
 def step(state: State, event: Event, now: float) -> tuple[State, tuple[Effect, ...]]:
     """Apply one event. `now` is monotonic seconds of whoever runs the machine."""
     if isinstance(event, Joined | Arrived | Planned | Heard):
-        pulse = heard(state.pulses.get(event.cluster), now)
+        known = None if isinstance(event, Joined) else state.pulses.get(event.cluster)  # an absence is no rhythm
+        pulse = heard(known, now)
         state = replace(state, pulses={**state.pulses, event.cluster: pulse})
     match event:
         case Joined():
@@ -103,8 +104,12 @@ def _excused(state: State, now: float) -> State:
         for name, f in state.fragments.items()
     }
     pulses = {cluster: replace(pulse, last=later(pulse.last)) for cluster, pulse in state.pulses.items()}
-    leaving = None if state.leaving_since is None else later(state.leaving_since)
-    return replace(state, fragments=fragments, pulses=pulses, opened=later(state.opened), leaving_since=leaving)
+    progress = {
+        cluster: replace(p, begun=later(p.begun), pulse=replace(p.pulse, last=later(p.pulse.last)))
+        for cluster, p in state.progress.items()
+    }
+    state = replace(state, fragments=fragments, pulses=pulses, progress=progress, opened=later(state.opened))
+    return replace(state, leaving_since=None if state.leaving_since is None else later(state.leaving_since))
 
 
 def _arrived(state: State, event: Arrived, now: float) -> tuple[State, tuple[Effect, ...]]:
@@ -122,10 +127,10 @@ def _arrived(state: State, event: Arrived, now: float) -> tuple[State, tuple[Eff
 
 
 def _heard(state: State, event: Heard, now: float) -> tuple[State, tuple[Effect, ...]]:
-    if event.beat is None:
-        return state, ()
-    state = replace(state, beats={**state.beats, event.cluster: event.beat})
-    if not event.beat.leaving:
+    progress = advanced(state.progress.get(event.cluster), event.beat, now)
+    if progress is not None:
+        state = replace(state, progress={**state.progress, event.cluster: progress})
+    if event.beat is None or not event.beat.leaving:
         return state, ()
     left, present = state.left | {event.cluster}, state.present - {event.cluster}
     return _due(replace(state, left=left, present=present, gone=state.gone | {event.cluster}), now)
@@ -223,6 +228,7 @@ def _deadline(state: State, fragment: Fragment) -> float | None:
         quorum=state.rules.quorum,
         history=state.history,
         max_stall=state.rules.max_stall,
+        progress={c: p for c in missing if (p := state.progress.get(c)) and p.beat.round == fragment.version},
     )
 
 
@@ -260,13 +266,13 @@ def waiting(state: State, now: float) -> dict[str, str]:
 
 
 def _known(state: State, cluster: str, now: float) -> str:
-    pulse, beat = state.pulses.get(cluster), state.beats.get(cluster)
+    pulse, progress = state.pulses.get(cluster), state.progress.get(cluster)
     if pulse is None:
         return "never heard"
     if now >= pulse.silent_at:
         return f"silent for {now - pulse.last:.0f} s"
-    if beat is not None and beat.round == state.round and beat.step < beat.steps:
-        return f"at inner step {beat.step} of {beat.steps}"
+    if progress is not None and progress.beat.round == state.round and progress.training:
+        return f"at inner step {progress.beat.step} of {progress.beat.steps}"
     return "alive, its delta is not here yet"
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from nebula.federation.events import Arrived, Committed, Merge
-from nebula.federation.membership import Pulse
-from nebula.types import Beat, RoundReport
+from nebula.federation.membership import Progress, Pulse
+from nebula.types import RoundReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +96,8 @@ class State:
     ticked: float | None = None
     """When time was last seen to pass."""
     pulses: Mapping[str, Pulse] = field(default_factory=dict)
-    beats: Mapping[str, Beat] = field(default_factory=dict)
-    """What each cluster last said of its progress."""
+    progress: Mapping[str, Progress] = field(default_factory=dict)
+    """How each cluster gets on, as its beats tell."""
     said: frozenset[str] = frozenset()
     """For whom the current round was last said to wait."""
     history: Mapping[str, tuple[float, ...]] = field(default_factory=dict)

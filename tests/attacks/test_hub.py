@@ -121,7 +121,7 @@ def attacker(federated, honest) -> Member:
 
 
 def but_for_liveness(state: State) -> State:
-    return replace(state, pulses={}, beats={})
+    return replace(state, pulses={}, progress={})
 
 
 @pytest.fixture

@@ -144,9 +144,30 @@ def test_measured_arrivals_shorten_the_wait():
     state = after_round(after_round(founded()), 1)
     state, _ = run(state, *(Planned(cluster=c, held=held(2)) for c in (NORTH, SOUTH)))
     state, _ = run(state, arrived(NORTH, "f0", 2), now=1.0)
-    # median 1 s, spread at least a quarter of it, six spreads: 2.5 s after the round opened at 0
-    assert run(state, Tick(), now=2.4)[1] == []
-    assert [type(e) for e in run(state, Tick(), now=2.5)[1]] == [Merge]
+    # median 1 s, spread at least a quarter of it, four spreads: 2 s after the round opened at 0
+    assert run(state, Tick(), now=1.9)[1] == []
+    assert [type(e) for e in run(state, Tick(), now=2.0)[1]] == [Merge]
+
+
+def test_who_tells_of_progress_is_waited_for_and_who_stands_still_is_not():
+    state = after_round(after_round(founded()), 1)
+    state, _ = run(state, *(Planned(cluster=c, held=held(2)) for c in (NORTH, SOUTH)))
+    state, _ = run(state, arrived(NORTH, "f0", 2), now=1.0)
+    for second in range(1, 31):
+        beat = Beat(round=2, step=second, steps=40)
+        state, effects = run(state, Heard(cluster=SOUTH, beat=beat), Tick(), now=float(second))
+        assert [e for e in effects if isinstance(e, Merge)] == [], "beyond what is ordinary, and on its way"
+    for second in range(31, 41):
+        state, effects = run(state, Heard(cluster=SOUTH, beat=beat), Tick(), now=float(second))
+        if any(isinstance(e, Merge) for e in effects):
+            break
+    assert second == 38, "it lives; its steps have been silent for too long, a quarter of the round"
+
+
+def test_a_cluster_that_comes_back_is_not_judged_by_how_long_it_was_away():
+    state, _ = run(founded(), Heard(cluster=SOUTH), now=1.0)
+    state, _ = run(state, Joined(cluster=SOUTH, epoch=2), now=901.0)
+    assert state.pulses[SOUTH].silent_at == 909.0
 
 
 def test_a_cluster_that_left_the_last_round_unfinished_is_not_waited_for():
