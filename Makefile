@@ -37,6 +37,8 @@ bench: .venv/.ready-dev
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/bytes.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/rejoin.py
+	$(BIN)/python benchmarks/quorum.py
 
 clean:
 	rm -rf .venv *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

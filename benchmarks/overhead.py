@@ -28,7 +28,7 @@ import typer
 from measure import TRAINER, machine, ratios, spread, table, write
 
 from nebula.cli.prepare import cache_folder
-from nebula.config import Cluster, Federation, agree
+from nebula.config import Agreement, Cluster, Federation, agree
 from nebula.data.prepare import prepare
 from nebula.recipe import load_recipe
 from nebula.runtime.engine import GroupEngine, Ranks
@@ -70,17 +70,22 @@ class Hosted:
     def __init__(self, *, rank: int, world: int, **settings: Any) -> None:
         self.engine = GroupEngine(lambda: InProcess(Ranks(count=world, settings=settings)))
         self.engine.start()
+        self.total = total_steps(settings)
 
     def train(self, first: int, steps: int) -> tuple[float, float]:
-        return timed(self.engine)(first, steps)
+        return timed(self.engine, self.total)(first, steps)
 
 
-def timed(engine: GroupEngine) -> Train:
-    """`round` 0 has all steps, so the number of those that make it up plays no part."""
+def total_steps(settings: Mapping[str, Any]) -> int:
+    return Agreement.parse(settings["agreement"]).run.inner_steps
+
+
+def timed(engine: GroupEngine, total: int) -> Train:
+    """`total`: inner steps of round 0, which is the whole run."""
 
     def train(first: int, steps: int) -> tuple[float, float]:
         begun = time.perf_counter()
-        report = engine.train(Steps(round=0, position=0, first=first, count=steps, total=first + steps))
+        report = engine.train(Steps(round=0, position=0, first=first, count=steps, total=total))
         return time.perf_counter() - begun, report.loss
 
     return train
@@ -114,7 +119,7 @@ def start(settings: Mapping[str, Any], folder: Path, stack: ExitStack) -> dict[s
         engine = GroupEngine(lambda: group)
         stack.callback(engine.stop)
         engine.start()
-        return Side(timed(engine), group.pids()[0])
+        return Side(timed(engine, total_steps(settings)), group.pids()[0])
 
     head = Head(CLUSTER, log=folder / "ray.log", cpus=1)
     stack.callback(head.stop)

@@ -224,7 +224,7 @@ def absence() -> tuple[str, dict[str, Json]]:
         for batch, by in result.items()
         for what, values in by.items()
     ]
-    return table(("round", *range(10)), rows), dict(result)
+    return table(("round", *(f"r{number}" for number in range(10))), rows), dict(result)
 
 
 def main(out: Annotated[Path | None, typer.Option(help="Where to write the result as JSON.")] = None) -> None:

@@ -57,6 +57,8 @@ class Agent:
     _pace: float = 0.0
     _unsaved: bool = False
     """Whether the ranks hold a finished round that the disk does not."""
+    _trained: tuple[int, Report, Evaluation | None] | None = None
+    """The round whose inner steps the ranks have taken but not merged; they must not be taken on top of themselves."""
     _due: int | None = None
     """The checkpoint to write once the round before it is reported: a round on disk is not trained again, so its report
     could not be had again."""
@@ -112,13 +114,16 @@ class Agent:
     def _round(self, plan: RoundPlan) -> RoundReport | None:
         """One outer round: train, send what was learned, take what everyone learned. None if the run stopped before
         the round was committed; it is then trained anew when the run is resumed."""
-        evaluation = self._evaluate(plan)
-        trained = self._train(plan)
+        if self._trained is None or self._trained[0] != plan.round:  # else the run was stopped, and goes on already
+            evaluation = self._evaluate(plan)
+            self._trained = plan.round, self._train(plan), evaluation
+        _, trained, evaluation = self._trained
         try:
             stalled = self._exchange(plan, trained) if plan.fragments else 0.0
         except _Ended:
             self._unsaved = False  # the ranks hold half a round; the disk has what came before it
             return None
+        self._trained = None
         if plan.fragments:
             self._unsaved = True
             if (plan.round + 1) % self.checkpoint_every == 0:
@@ -233,6 +238,7 @@ class Agent:
                 hint="a device or its memory computes wrongly, or this Nebula is another version; keep the cluster out",
             )
         self.emit("phase", phase="catching up", round=plan.round)
+        self._trained = None
         for fragment, version in plan.fragments.items():
             if plan.reason == "diverged" or not self._follow(fragment, version):
                 self._adopt(fragment, version)
@@ -249,6 +255,7 @@ class Agent:
 
     def _build(self) -> None:
         self.emit("phase", phase="building")
+        self._trained = None
         self.held = self.engine.start()
         self._unsaved, self._due = False, None
 

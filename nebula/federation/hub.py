@@ -111,10 +111,7 @@ class Hub(Shell):
         session, request, _ = self._sessions.head(peer, frames, pb.PullRequest, b"pull")
         if request.role != ROLE or request.fragment not in self._state.fragments or request.kind not in pulls.KINDS:
             raise PacketError(f"no {request.kind} of fragment {request.fragment!r} in role {request.role!r}")
-        try:
-            head, payload = self._find(session.cluster, request)
-        except JournalError as error:  # this coordinator ends, whoever asks is to ask its successor
-            raise ConnectionError(f"the coordinator cannot go on: {error}") from error
+        head, payload = self._find(session.cluster, request)
         yield from send(session.send, head, b"pull-answer")
         if payload is not None:
             yield from session.send.seal(payload, context=payload_context(head))

@@ -28,7 +28,7 @@ STATUS: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (AuthError, grpc.StatusCode.PERMISSION_DENIED),
     (PacketError, grpc.StatusCode.INVALID_ARGUMENT),
     (DecodeError, grpc.StatusCode.INVALID_ARGUMENT),
-    (NebulaError, grpc.StatusCode.ABORTED),
+    (NebulaError, grpc.StatusCode.CANCELLED),  # this coordinator cannot go on: ask its successor
     (ConnectionError, grpc.StatusCode.CANCELLED),  # send again
 )
 

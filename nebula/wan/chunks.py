@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Lock
@@ -41,6 +42,7 @@ class Assembly:
         for chunk, span in zip(chunks, spans(size, chunk_bytes), strict=True):
             self._places.setdefault(chunk, []).append(span)
         self._missing = dict.fromkeys(chunks)
+        self._hash, self._unhashed = hashlib.sha256(), deque(chunks)
         self._whole = io.BytesIO()  # grows with what comes, and its value is no second copy
         self._lock = Lock()
         if before is not None:
@@ -60,22 +62,26 @@ class Assembly:
                 self._whole.seek(at)
                 self._whole.write(data)
             self._missing.pop(chunk, None)
+            while self._unhashed and self._unhashed[0] not in self._missing:  # as it comes, and not all at the end
+                self._hash.update(self._read(self._unhashed.popleft()))
 
     def whole(self) -> bytes:
         """Once nothing is missing. Raises PacketError if that is not the state the manifest names."""
         assert not self._missing
-        whole = self._whole.getvalue()
-        if hashlib.sha256(whole).digest() != self._sha256:
+        if self._hash.digest() != self._sha256:
             raise PacketError(f"{self._what}: its chunks are right, and together they are something else")
-        return whole
+        return self._whole.getvalue()
+
+    def _read(self, chunk: bytes) -> bytes:
+        at, length = self._places[chunk][0]
+        self._whole.seek(at)
+        return self._whole.read(length)
 
     def _take(self, before: Assembly) -> None:
         if self._version <= before._version:
             raise PacketError(f"{before._what} is said to be gone, and to be the newest")
         for chunk in self._places.keys() & before._places.keys() - before._missing.keys():
-            at, length = before._places[chunk][0]
-            before._whole.seek(at)
-            self.put(chunk, before._whole.read(length))
+            self.put(chunk, before._read(chunk))
 
 
 def fetch(

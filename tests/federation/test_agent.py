@@ -104,6 +104,19 @@ def test_a_round_that_the_stop_cut_off_is_neither_reported_nor_saved():
     assert engine.saves() == []
 
 
+def test_a_round_that_the_stop_cut_off_is_not_trained_on_top_of_itself_when_the_run_goes_on():
+    class Stopped(Transport):
+        def pull(self, kind, fragment, version):
+            answer = super().pull(kind, fragment, version)
+            self.ends = frozenset()
+            return answer
+
+    engine, transport = Engine(), Stopped(TRAIN[0], TRAIN[0], DONE, ends=frozenset({"f0", "f1"}))
+    assert agent(engine, transport).run() == "done"
+    assert [call for call in engine.calls if call[0] == "train"] == [("train", 0)]
+    assert transport.reports[-1].tokens == 10
+
+
 @pytest.mark.parametrize(
     ("plans", "failing"),
     [((TRAIN[0], TRAIN[0], DONE), "push"), ((CATCH_UP, CATCH_UP, DONE), "push"), ((DONE,), "start")],

@@ -108,7 +108,9 @@ def test_who_cannot_come_in_time_is_not_waited_for():
 
 
 def test_who_lives_but_stands_still_is_soon_not_waited_for():
-    stuck = training(*((float(time), time // 2) for time in range(2, 13, 2)), *((float(t), 6) for t in range(14, 60, 2)))
+    stuck = training(
+        *((float(time), time // 2) for time in range(2, 13, 2)), *((float(t), 6) for t in range(14, 60, 2))
+    )
     assert stuck.pulse.last == 12.0
     lives = {"south": beaten(*range(0, 59, 2))}
     assert until(lives, arrivals=[9.0, 30.0], progress={"south": stuck}) == 30.0

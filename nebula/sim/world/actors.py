@@ -3,10 +3,14 @@ simulated clock, disk and network. What ends is started again, as a supervisor w
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from google.protobuf.message import Message
 
 from nebula import files
 from nebula.checkpoint.ledger import Ledger
@@ -16,7 +20,10 @@ from nebula.federation.agent import Agent
 from nebula.federation.hub import Hub
 from nebula.federation.journal_sqlite import SqliteJournal
 from nebula.federation.service import Service
+from nebula.federation.sessions import Sessions
+from nebula.proto.v1.packet_pb2 import Frame
 from nebula.runtime.gateway import Gateway
+from nebula.security.session import Session
 from nebula.sim.world.disk import SimDisk
 from nebula.sim.world.engine import SimEngine
 from nebula.sim.world.link import SimLink
@@ -26,6 +33,8 @@ from nebula.types import COORDINATOR, Packets, PushTicket, RoundPlan
 
 if TYPE_CHECKING:
     from nebula.sim.world.world import World
+
+M = TypeVar("M", bound=Message)
 
 TICK = 0.5
 RUN = Path("/run")
@@ -148,7 +157,9 @@ class Center(Machine):
         def emit(kind: str, /, **fields: Any) -> None:
             world.say(COORDINATOR, kind, **fields)
 
-        return Hub(world.agreement, b"", world.identities.coordinator, journal, Ledger(store), emit, process.clock)
+        hub = Hub(world.agreement, b"", world.identities.coordinator, journal, Ledger(store), emit, process.clock)
+        hub._sessions = Watched(world, process)
+        return hub
 
     def usurp(self) -> None:
         """A second coordinator on the same journal, in spite of its lock; the first one goes on for a while."""
@@ -161,6 +172,24 @@ class Center(Machine):
         process = self.process = self.world.scheduler.process(self.name)
         process.spawn("main", lambda: self._main(process))
         self.world.scheduler.at(self.world.scheduler.now + 20.0, old.kill)
+
+
+class Watched(Sessions):
+    """Tells of every call that they let in."""
+
+    def __init__(self, world: World, process: Process) -> None:
+        super().__init__()
+        self._world, self._process = world, process
+
+    def head(
+        self, peer: str | None, frames: Iterable[Frame], kind: type[M], context: bytes
+    ) -> tuple[Session, M, Iterator[Frame]]:
+        stream = iter(frames)
+        first = list(islice(stream, 1))
+        found = super().head(peer, chain(first, stream), kind, context)
+        for frame in first:
+            self._world.witness.took(self._process, frame.source, frame.epoch, frame.counter)
+        return found
 
 
 class Acquainted(Service):
@@ -177,13 +206,16 @@ class Acquainted(Service):
 
 @dataclass(eq=False)
 class Site(Machine):
-    """One cluster. `agent` and `engine` are of the present life."""
+    """One cluster. `agent` and `engine` are of the present life. `tried`, `reported`: the last round of which a life
+    has sent a report, and has had an answer."""
 
     link: SimLink = field(kw_only=True)
     pace: float = field(kw_only=True)
     agent: Agent | None = None
     engine: SimEngine | None = None
     transport: Counted | None = None
+    tried: int = -1
+    reported: int = -1
 
     def program(self, process: Process) -> str:
         world, membership = self.world, self.world.scenario.run.membership
@@ -206,7 +238,7 @@ class Site(Machine):
             clock=process.clock,
         )
         self.transport.join()
-        self.engine = Watched(
+        self.engine = Heard(
             self, world.agreement, self.name, self.disk, RUN, process.clock, self.pace, world.produced, emit=self._emit
         )
         self.agent = Agent(
@@ -245,8 +277,8 @@ class Site(Machine):
         self.world.say(self.name, kind, **fields)
 
 
-class Watched(SimEngine):
-    """Tells the world what it produces and takes."""
+class Heard(SimEngine):
+    """Tells of what it produces."""
 
     def __init__(self, site: Site, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -259,22 +291,33 @@ class Watched(SimEngine):
 
 
 class Counted(Gateway):
-    """A gateway whose counters are compared with what it really sent. `said`: payload bytes (up, down) at each report
-    that the coordinator may have taken in."""
+    """A gateway whose counters are compared with what it really sent. `said`: what the coordinator may know of the
+    payload bytes that this life has sent."""
 
     def __init__(self, site: Site, **settings: Any) -> None:
         super().__init__(**settings)
         self._life = Random(f"life {site.name} {site.lives} {site.world.scenario.seed}").getrandbits(63)
+        self._site, self._witness = site, site.world.witness
         self.pushed = 0
-        self.said: list[int] = [0]
+        self.said = {0}
         site.world.transports.setdefault(site.name, []).append(self)
 
     def push(self, ticket: PushTicket, packets: Packets) -> Any:
         verdict = super().push(ticket, packets)
         self.pushed += sum(map(len, packets))
+        if verdict != "late":
+            self._witness.promised(self._site.name, ticket.fragment, ticket.round)
         return verdict
 
     def plan(self, held: Any, report: Any) -> RoundPlan:
-        if report is not None:
-            self.said.append(self.pushed)
-        return super().plan(held, report)
+        """The coordinator takes in the first report of a round; it may have done so without an answer."""
+        site = self._site
+        if report is None or report.round <= site.reported:
+            return super().plan(held, report)
+        first, site.tried = report.round > site.tried, report.round
+        self.said.add(self.pushed)
+        answer = super().plan(held, report)
+        site.reported = report.round
+        if first:
+            self.said = {self.pushed}
+        return answer

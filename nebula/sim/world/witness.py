@@ -20,6 +20,7 @@ INVARIANTS = {
     "once": "a version commits at most once, on the version before it, and never disappears",
     "authentic": "every merged delta was produced by its cluster for that round against that base, and counts once",
     "promised": "whoever was told that its delta is accepted is part of the commit",
+    "fresh": "a coordinator takes no message twice, and none of a session that a newer one has replaced",
     "right": "every commit has the bits that merging its deltas in their fixed order gives",
     "same": "all who hold version v hold the same digest",
     "repeats": "a restored cluster repeats its round to the byte",
@@ -79,13 +80,34 @@ class Witness:
         self._produced = produced
         self._ledger = Ledger(Blobs())
         self._merger = Merger(agreement, self._ledger, REAL)
-        self._promised: dict[tuple[str, int], frozenset[str]] = {}
+        self._promised: dict[tuple[str, int], set[str]] = {}
+        self._taken: set[tuple[object, str, int, int]] = set()
+        self._newest: dict[tuple[object, str], int] = {}
         self._seen: State | None = None
         for commit in self._merger.found():
             self.commits[commit.fragment] = [commit]
 
     def produced(self, payload: bytes) -> None:
         self._ledger.put(payload)
+
+    def promised(self, cluster: str, fragment: str, round: int) -> None:
+        """A cluster was told that its delta is accepted."""
+        self._promised.setdefault((fragment, round), set()).add(cluster)
+        if round + 1 < len(self.commits[fragment]):
+            self._kept(self.commits[fragment][round + 1])
+
+    def _kept(self, commit: Committed) -> None:
+        lost = self._promised.get((commit.fragment, commit.version - 1), set()).difference(commit.contributors)
+        _require("promised", not lost, f"{commit.fragment} version {commit.version} lacks {sorted(lost)}")
+
+    def took(self, coordinator: object, cluster: str, epoch: int, counter: int) -> None:
+        """A life of the coordinator believed the first frame of a call."""
+        message = (coordinator, cluster, epoch, counter)
+        _require("fresh", message not in self._taken, f"message {counter} of {cluster}'s epoch {epoch} came twice")
+        self._taken.add(message)
+        newest = self._newest.setdefault((coordinator, cluster), epoch)
+        _require("fresh", epoch >= newest, f"{cluster}'s epoch {epoch} came after {newest}")
+        self._newest[coordinator, cluster] = epoch
 
     def look(self, state: State) -> None:
         """At what a coordinator has come to."""
@@ -111,7 +133,8 @@ class Witness:
             else:
                 self._commits(name, fragment.merged, commit)
         if fragment.merging:
-            self._promised[name, fragment.version] = frozenset(fragment.arrived)
+            for cluster in fragment.arrived:
+                self.promised(cluster, name, fragment.version)
 
     def _commits(self, name: str, merge: Merge | None, commit: Committed) -> None:
         base = self.commits[name][-1]
@@ -124,8 +147,7 @@ class Witness:
         for arrival in merge.arrivals:
             genuine = self._produced.knows(arrival.cluster, base.version, name, base.digest, arrival.blob)
             _require("authentic", genuine and arrival.round == base.version, f"{where}: {arrival}")
-        promised = self._promised.get((name, base.version), frozenset(clusters))
-        _require("promised", promised == set(clusters), f"{where}: {sorted(promised)}, not {clusters}")
+        self._kept(commit)
         again = self._merger.merge(merge)
         right = (again.digest, again.blobs) == (commit.digest, dict(commit.blobs))
         _require("right", right, f"{where} of {clusters}")
@@ -161,5 +183,5 @@ def check_counters(world: World, totals: dict[str, int]) -> None:
         lives = world.transports.get(name, [])
         possible = {0}
         for life in lives:
-            possible = {before + said for before in possible for said in dict.fromkeys(life.said[-2:])}
+            possible = {before + said for before in possible for said in life.said}
         _require("counted", counted in possible, f"{name}: {counted} payload bytes, sent {sorted(possible)}")
