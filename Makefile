@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: train test machine lint format proto bench clean
+.PHONY: train test machine lint format proto campaign bench clean
 
 train: .venv/.ready
 	$(BIN)/nebula run trainers/code_moe.py --clusters clusters/laptop.yaml $(ARGS)
@@ -32,6 +32,11 @@ format: .venv/.ready-dev
 proto: .venv/.ready-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --mypy_out=quiet:. \
 	    --grpc_python_out=. --mypy_grpc_out=quiet:. protos/nebula/proto/v1/*.proto
+
+# The long one: ten thousand seeded runs, then a power cut at every step of every disk.
+campaign: .venv/.ready-dev
+	$(BIN)/nebula sim --seeds 10000 --clusters 4
+	$(BIN)/nebula sim --crashes
 
 bench: .venv/.ready-dev
 	$(BIN)/python benchmarks/overhead.py
