@@ -11,7 +11,7 @@ train: .venv/.ready
 	$(BIN)/nebula run trainers/code_moe.py --clusters clusters/laptop.yaml $(ARGS)
 
 test: .venv/.ready-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # What the tests marked `machine` need of Debian. Tries the package lists that are there before it fetches new ones.
 INSTALL := DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --no-install-recommends \

@@ -30,7 +30,7 @@ DIGEST = "sha256:" + "a" * 64
 def open_session(cluster: Identity = NORTH, epoch: int = 1) -> tuple[Session, Session]:
     """(the cluster's end, the coordinator's end)."""
     offered, pending = offer(cluster, DIGEST)
-    answered, far = answer(COORDINATOR, offered, epoch=epoch, agreement=DIGEST)
+    answered, far = answer(COORDINATOR, offered, epoch=epoch, term=3, agreement=DIGEST)
     return pending.complete(answered), far
 
 
@@ -59,7 +59,7 @@ def test_both_ends_share_keys_in_both_directions():
 def test_exchange_survives_the_wire():
     offered, pending = offer(NORTH, DIGEST)
     received = SessionOffer.FromString(offered.SerializeToString())
-    answered, far = answer(COORDINATOR, received, epoch=2**64 - 1, agreement=DIGEST)
+    answered, far = answer(COORDINATOR, received, epoch=2**64 - 1, term=3, agreement=DIGEST)
     near = pending.complete(SessionAnswer.FromString(answered.SerializeToString()))
     assert carry(near, far) == b"hello"
 
@@ -97,19 +97,19 @@ def test_identities_may_have_ed25519_keys():
     assert carry(near, far) == b"hello"
     offered, _ = offer(identity, DIGEST)
     with pytest.raises(AuthError, match="altered on the way"):
-        answer(COORDINATOR, with_field(offered, "nonce", bytes(32)), epoch=1, agreement=DIGEST)
+        answer(COORDINATOR, with_field(offered, "nonce", bytes(32)), epoch=1, term=3, agreement=DIGEST)
 
 
 def test_offer_under_another_clusters_name():
     offered, _ = offer(replace(SOUTH, name="north"), DIGEST)
     with pytest.raises(AuthError, match="offered as cluster 'north' with the certificate of 'south'"):
-        answer(COORDINATOR, offered, epoch=1, agreement=DIGEST)
+        answer(COORDINATOR, offered, epoch=1, term=3, agreement=DIGEST)
 
 
 def test_offer_with_a_copied_certificate():
     offered, _ = offer(replace(SOUTH, name="north", certificate_pem=NORTH.certificate_pem), DIGEST)
     with pytest.raises(AuthError, match="altered on the way"):
-        answer(COORDINATOR, offered, epoch=1, agreement=DIGEST)
+        answer(COORDINATOR, offered, epoch=1, term=3, agreement=DIGEST)
 
 
 def test_the_coordinator_cannot_join_itself():
@@ -117,16 +117,16 @@ def test_the_coordinator_cannot_join_itself():
     offered.cluster = "coordinator"
     offered.certificate = session._certificate(COORDINATOR)
     with pytest.raises(AuthError, match="certificate of 'coordinator'"):
-        answer(COORDINATOR, resigned(offered, COORDINATOR), epoch=1, agreement=DIGEST)
+        answer(COORDINATOR, resigned(offered, COORDINATOR), epoch=1, term=3, agreement=DIGEST)
 
 
 def test_offer_and_answer_of_another_authority():
     stranger = Authority.create("example.org")
     offered, pending = offer(NORTH, DIGEST)
     with pytest.raises(AuthError, match="not issued"):
-        answer(COORDINATOR, offer(issue(stranger, "north", hosts=()), DIGEST)[0], epoch=1, agreement=DIGEST)
+        answer(COORDINATOR, offer(issue(stranger, "north", hosts=()), DIGEST)[0], epoch=1, term=3, agreement=DIGEST)
     imposter = replace(issue(stranger, "coordinator", hosts=()), authority_pem=NORTH.authority_pem)
-    answered, _ = answer(imposter, offered, epoch=1, agreement=DIGEST)
+    answered, _ = answer(imposter, offered, epoch=1, term=3, agreement=DIGEST)
     with pytest.raises(AuthError, match="not issued"):
         pending.complete(answered)
 
@@ -135,16 +135,24 @@ def test_expired_identities_are_refused_with_the_date():
     past = datetime.now(UTC) - VALIDITY - timedelta(days=1)
     date = f"expired on {datetime.now(UTC) - timedelta(days=1):%Y-%m-%d}"
     with pytest.raises(AuthError, match=date):
-        answer(COORDINATOR, offer(issue(AUTHORITY, "north", hosts=(), now=past), DIGEST)[0], epoch=1, agreement=DIGEST)
+        answer(
+            COORDINATOR,
+            offer(issue(AUTHORITY, "north", hosts=(), now=past), DIGEST)[0],
+            epoch=1,
+            term=3,
+            agreement=DIGEST,
+        )
     offered, pending = offer(NORTH, DIGEST)
-    answered, _ = answer(issue(AUTHORITY, "coordinator", hosts=(), now=past), offered, epoch=1, agreement=DIGEST)
+    answered, _ = answer(
+        issue(AUTHORITY, "coordinator", hosts=(), now=past), offered, epoch=1, term=3, agreement=DIGEST
+    )
     with pytest.raises(AuthError, match=date):
         pending.complete(answered)
 
 
 def test_a_cluster_cannot_answer_for_the_coordinator():
     offered, pending = offer(NORTH, DIGEST)
-    answered, _ = answer(replace(SOUTH, name="coordinator"), offered, epoch=1, agreement=DIGEST)
+    answered, _ = answer(replace(SOUTH, name="coordinator"), offered, epoch=1, term=3, agreement=DIGEST)
     with pytest.raises(AuthError, match="answered by cluster 'south'"):
         pending.complete(answered)
 
@@ -152,7 +160,7 @@ def test_a_cluster_cannot_answer_for_the_coordinator():
 def test_different_agreements_are_both_named():
     other = "sha256:" + "b" * 64
     with pytest.raises(AuthError) as caught:
-        answer(COORDINATOR, offer(NORTH, other)[0], epoch=1, agreement=DIGEST)
+        answer(COORDINATOR, offer(NORTH, other)[0], epoch=1, term=3, agreement=DIGEST)
     assert other in caught.value.message
     assert DIGEST in caught.value.message
     assert "north" in caught.value.message
@@ -163,22 +171,24 @@ def test_swapped_ephemeral_keys_are_refused_on_both_ways():
     offered, pending = offer(NORTH, DIGEST)
     other, _ = offer(NORTH, DIGEST)
     with pytest.raises(AuthError, match="altered on the way"):
-        answer(COORDINATOR, with_field(offered, "ephemeral_key", other.ephemeral_key), epoch=1, agreement=DIGEST)
-    answered, _ = answer(COORDINATOR, offered, epoch=1, agreement=DIGEST)
+        answer(
+            COORDINATOR, with_field(offered, "ephemeral_key", other.ephemeral_key), epoch=1, term=3, agreement=DIGEST
+        )
+    answered, _ = answer(COORDINATOR, offered, epoch=1, term=3, agreement=DIGEST)
     with pytest.raises(AuthError, match="altered on the way"):
         pending.complete(with_field(answered, "ephemeral_key", other.ephemeral_key))
 
 
 def test_answer_to_another_offer():
     _, pending = offer(NORTH, DIGEST)
-    answered, _ = answer(COORDINATOR, offer(NORTH, DIGEST)[0], epoch=1, agreement=DIGEST)
+    answered, _ = answer(COORDINATOR, offer(NORTH, DIGEST)[0], epoch=1, term=3, agreement=DIGEST)
     with pytest.raises(AuthError, match="altered on the way"):
         pending.complete(answered)
 
 
 def test_answer_with_another_epoch():
     offered, pending = offer(NORTH, DIGEST)
-    answered, _ = answer(COORDINATOR, offered, epoch=1, agreement=DIGEST)
+    answered, _ = answer(COORDINATOR, offered, epoch=1, term=3, agreement=DIGEST)
     with pytest.raises(AuthError, match="altered on the way"):
         pending.complete(with_field(answered, "epoch", 2))
 
@@ -188,7 +198,9 @@ def test_unusable_ephemeral_keys_of_a_signed_offer(key):
     """The last two are points of low order: the shared secret would be zero, known to everyone."""
     offered, _ = offer(NORTH, DIGEST)
     with pytest.raises(AuthError, match="'north' sent an unusable ephemeral key"):
-        answer(COORDINATOR, resigned(with_field(offered, "ephemeral_key", key), NORTH), epoch=1, agreement=DIGEST)
+        answer(
+            COORDINATOR, resigned(with_field(offered, "ephemeral_key", key), NORTH), epoch=1, term=3, agreement=DIGEST
+        )
 
 
 @pytest.mark.filterwarnings("ignore:Parsed a serial number")
@@ -197,7 +209,7 @@ def test_unusable_ephemeral_keys_of_a_signed_offer(key):
 def test_any_flipped_bit_of_an_offer_is_refused(field, at, bit):
     offered, _ = offer(NORTH, DIGEST)
     with pytest.raises(AuthError):
-        answer(COORDINATOR, flipped(offered, field, at, bit), epoch=1, agreement=DIGEST)
+        answer(COORDINATOR, flipped(offered, field, at, bit), epoch=1, term=3, agreement=DIGEST)
 
 
 @pytest.mark.filterwarnings("ignore:Parsed a serial number")
@@ -205,7 +217,7 @@ def test_any_flipped_bit_of_an_offer_is_refused(field, at, bit):
 @given(st.sampled_from([f.name for f in SessionAnswer.DESCRIPTOR.fields]), st.integers(0, 2**16), st.integers(0, 7))
 def test_any_flipped_bit_of_an_answer_is_refused_and_the_true_one_still_works(field, at, bit):
     offered, pending = offer(NORTH, DIGEST)
-    answered, far = answer(COORDINATOR, offered, epoch=1, agreement=DIGEST)
+    answered, far = answer(COORDINATOR, offered, epoch=1, term=3, agreement=DIGEST)
     with pytest.raises(AuthError):
         pending.complete(flipped(answered, field, at, bit))
     assert carry(pending.complete(answered), far) == b"hello"
@@ -224,13 +236,13 @@ def flipped(message, field: str, at: int, bit: int):
 @given(st.builds(SessionOffer, cluster=st.text(max_size=8), certificate=st.binary(max_size=64), nonce=st.binary()))
 def test_junk_offers_raise_nothing_but_auth_errors(junk):
     with pytest.raises(AuthError):
-        answer(COORDINATOR, junk, epoch=1, agreement=DIGEST)
+        answer(COORDINATOR, junk, epoch=1, term=3, agreement=DIGEST)
 
 
 def test_a_replayed_offer_gives_keys_that_only_its_maker_could_use():
     offered, pending = offer(NORTH, DIGEST)
-    first_answer, first = answer(COORDINATOR, offered, epoch=1, agreement=DIGEST)
-    second_answer, second = answer(COORDINATOR, offered, epoch=2, agreement=DIGEST)
+    first_answer, first = answer(COORDINATOR, offered, epoch=1, term=3, agreement=DIGEST)
+    second_answer, second = answer(COORDINATOR, offered, epoch=2, term=3, agreement=DIGEST)
     assert first_answer.ephemeral_key != second_answer.ephemeral_key
     near = pending.complete(first_answer)
     assert carry(near, first) == b"hello"
@@ -245,7 +257,7 @@ def test_a_replayed_offer_gives_keys_that_only_its_maker_could_use():
 def test_keys_depend_on_everything_that_was_said():
     """Not only on the shared secret: here it is the same one."""
     offered, _ = offer(NORTH, DIGEST)
-    answered, _ = answer(COORDINATOR, offered, epoch=1, agreement=DIGEST)
+    answered, _ = answer(COORDINATOR, offered, epoch=1, term=3, agreement=DIGEST)
     own, other = X25519PrivateKey.generate(), offered.ephemeral_key
     near = session._session(offered, answered, own, other, "coordinator")
     same = session._session(offered, answered, own, other, "north")
@@ -259,7 +271,7 @@ def test_keys_depend_on_everything_that_was_said():
 
 def test_the_ephemeral_key_is_dropped_after_use():
     offered, pending = offer(NORTH, DIGEST)
-    answered, _ = answer(COORDINATOR, offered, epoch=1, agreement=DIGEST)
+    answered, _ = answer(COORDINATOR, offered, epoch=1, term=3, agreement=DIGEST)
     pending.complete(answered)
     assert pending._ephemeral is None
     with pytest.raises(AssertionError, match="once"):
@@ -280,7 +292,7 @@ def test_keys_are_nowhere_to_be_seen(monkeypatch):
     monkeypatch.setattr(session, "HKDF", Recording)
     offered, pending = offer(NORTH, DIGEST)
     shown_before = repr(pending)
-    _, far = answer(COORDINATOR, offered, epoch=1, agreement=DIGEST)
+    _, far = answer(COORDINATOR, offered, epoch=1, term=3, agreement=DIGEST)
     assert len(set(keys)) == 3, "one shared secret, one key per direction"
     ends = [far, far.send, far.receive]
     shown = " ".join([shown_before, *map(repr, ends), *map(str, ends), repr(vars(far.send)), repr(vars(far.receive))])
