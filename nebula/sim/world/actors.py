@@ -3,7 +3,7 @@ simulated clock, disk and network. What ends is started again, as a supervisor w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from nebula.runtime.gateway import Gateway
 from nebula.security.session import Session
 from nebula.sim.world.disk import SimDisk
 from nebula.sim.world.engine import SimEngine
-from nebula.sim.world.link import CLEAR, SimLink
+from nebula.sim.world.link import SimLink
 from nebula.sim.world.net import SimStub
 from nebula.sim.world.schedule import Process
 from nebula.types import COORDINATOR, Packets, PushTicket, RoundPlan
@@ -206,12 +206,11 @@ class Acquainted(Service):
 
 @dataclass(eq=False)
 class Site(Machine):
-    """One cluster. `agent` and `engine` are of the present life. `climate`: what its link mostly suffers from. `tried`,
-    `reported`: the last round of which a life has sent a report, and has had an answer."""
+    """One cluster. `agent` and `engine` are of the present life. `tried`, `reported`: the last round of which a life
+    has sent a report, and has had an answer."""
 
     link: SimLink = field(kw_only=True)
     pace: float = field(kw_only=True)
-    climate: Mapping[str, float] = field(default_factory=lambda: CLEAR)
     agent: Agent | None = None
     engine: SimEngine | None = None
     transport: Counted | None = None

@@ -25,9 +25,6 @@ PKI to the next, and a seed must mean the same with each."""
 
 CHANCES = ("refuse", "lose_request", "lose_answer", "cut", "repeat", "swap", "flip")
 
-CLEAR = dict.fromkeys(CHANCES, 0.0)
-"""Nothing is lost."""
-
 MOST_FRAMES_BEFORE_A_CUT = 3
 REPEAT_WITHIN = 60.0
 """Seconds."""
@@ -56,7 +53,7 @@ class SimLink:
     lose_request  nothing of it gets to the coordinator
     lose_answer   nothing of the answer gets back
     cut           the connection breaks after 0 to 3 messages in either direction, if there are that many
-    repeat        within a minute, mostly within seconds, what was sent is delivered once more
+    repeat        within a minute, what was sent is delivered once more
     swap          the first two messages of one direction come in the wrong order, if there are two
     flip          in one direction, a bit is flipped in the ciphertext of the first or second message, if there is one
 
@@ -106,7 +103,7 @@ class SimLink:
         rng = self.rng
         frames, again, victim = (
             rng.randint(0, MOST_FRAMES_BEFORE_A_CUT),
-            REPEAT_WITHIN * rng.random() ** 3,
+            rng.uniform(0, REPEAT_WITHIN),
             rng.randrange(2),
         )
         swap, flip = rng.choice(_DIRECTIONS), rng.choice(_DIRECTIONS)

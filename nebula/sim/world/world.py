@@ -24,7 +24,7 @@ from nebula.security.pki import CERTIFICATE, Identity, throwaway
 from nebula.sim.world.actors import RUN, Center, Counted, Machine, Site
 from nebula.sim.world.disk import PowerCut
 from nebula.sim.world.engine import Produced
-from nebula.sim.world.link import CHANCES, CLEAR
+from nebula.sim.world.link import CHANCES
 from nebula.sim.world.net import Network
 from nebula.sim.world.reference import undisturbed
 from nebula.sim.world.scenario import NAMES, Fault, Scenario, draw
@@ -153,10 +153,6 @@ class World:
         for site in self.sites.values():
             site.link.rate, site.link.rtt = 10 ** rng.uniform(3.5, 7), rng.choice((0.001, 0.05, 0.3))
             site.link.jitter = site.link.rtt * rng.random()
-            if self.scenario.faults and rng.random() < 0.5:
-                site.climate = {chance: rng.choice((0.0, 0.0, 0.03, 0.1)) for chance in CHANCES}
-            site.link.storm(site.climate)
-            self.scheduler.at(self.scenario.calm, functools.partial(site.link.storm, CLEAR))
 
     def _strike(self, fault: Fault) -> None:
         self.say(
@@ -188,8 +184,8 @@ class World:
         link = site.link
         match fault.kind:
             case "weather":
-                link.storm({chance: fault.amount * self.rng.choice((0.0, 0.1, 0.6)) for chance in CHANCES})
-                self._later(fault, lambda: link.storm(site.climate))
+                link.storm({chance: fault.amount * 0.4 * self.rng.random() for chance in CHANCES})
+                self._later(fault, lambda: link.storm(dict.fromkeys(CHANCES, 0.0)))
             case "partition":
                 link.partition(up=fault.amount < 0.33, down=0.33 <= fault.amount < 0.66)
                 self._later(fault, lambda: link.partition(up=True, down=True))
