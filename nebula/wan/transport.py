@@ -167,7 +167,7 @@ def tls_refusal(address: str, identity: Path, timeout: float) -> str | None:
     except TimeoutError:
         return None
     except ssl.SSLError as error:
-        if not isinstance(error, ssl.SSLEOFError):
+        if not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):  # closed: which one differs by release
             return str(error)
     except OSError:  # nobody there, or a connection that broke
         pass
