@@ -105,11 +105,9 @@ class Machine:
             self.disk.crash()
 
     def _step_crashed(self) -> None:
-        """The power failed in the middle of a step of this very process."""
-        process = self.process
-        assert process is not None
+        """The power failed in the middle of a step: of the present process, or of one that it has replaced."""
         self.world.say(self.name, "power cut", step=self.disk.steps)
-        self.world.scheduler.at(self.world.scheduler.now, lambda: self.end(process, power=True))
+        self.world.scheduler.at(self.world.scheduler.now, lambda: self.kill(power=True))
 
 
 class Center(Machine):
