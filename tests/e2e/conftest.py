@@ -1,12 +1,29 @@
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nebula import files
 from tests.e2e.processes import NebulaProcess, below, summary, write_job
 from tests.federated import write_corpus
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """A folder of the whole session, whichever of its processes runs a test."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "e2e"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(shared) -> Path:
+    return shared / "cache"
 
 
 @pytest.fixture(scope="session")
@@ -16,20 +33,20 @@ def job(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
-def reference(job, cache, tmp_path_factory) -> dict:
+def reference(job, shared, cache) -> dict:
     """An uninterrupted run: its summary, what it said, and its folder."""
-    folder = tmp_path_factory.mktemp("reference")
-    recipe, clusters = job
-    nebula = NebulaProcess(["run", str(recipe), "--clusters", str(clusters), "--engine", "local"], folder, cache)
-    code, out = nebula.finish()
-    assert code == 0, nebula.said
-    told = summary(folder / "runs" / "tiny")
-    return {**told, "out": out, "said": nebula.said, "run_dir": folder / "runs" / "tiny"}
+    folder, (recipe, clusters) = shared / "reference", job
+    run_dir, told = folder / "runs" / "tiny", folder / "told.json"
+    with files.lock(shared / "lock"):
+        if not told.exists():
+            folder.mkdir()
+            nebula = NebulaProcess(
+                ["run", str(recipe), "--clusters", str(clusters), "--engine", "local"], folder, cache
+            )
+            code, out = nebula.finish()
+            assert code == 0, nebula.said
+            told.write_text(json.dumps({"out": out, "said": nebula.said}))
+    return {**summary(run_dir), **json.loads(told.read_text()), "run_dir": run_dir}
 
 
 @pytest.fixture

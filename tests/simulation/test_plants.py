@@ -174,7 +174,7 @@ def the_journal_is_synced_at_checkpoints_only(patch):
     patch.setattr(SqliteJournal, "_open", careless)
 
 
-@plant("ends", "clean", "once", "promised", seed=6)
+@plant("ends", "clean", "once", "promised", seed=8)
 def files_are_not_synced(patch):
     writing = files.write_all
 
@@ -184,7 +184,7 @@ def files_are_not_synced(patch):
     patch.setattr(files, "write_all", careless)
 
 
-@plant("ends", "clean", "once", "promised", seed=10)
+@plant("ends", "clean", "once", "promised", seed=41)
 def folders_are_not_synced(patch):
     patch.setattr(files, "sync", lambda folder, system: None)
 

@@ -69,7 +69,7 @@ class SimDisk:
         self._on = True
 
     def rot(self, path: PurePath) -> None:
-        """Flip a bit of what lies on the disk under `path`, a file that is not empty there."""
+        """Flip a bit of what lies on the disk under `path`, if anything does."""
         self.file(path).rot(self._rng)
 
     def vfs(self, name: str) -> str:

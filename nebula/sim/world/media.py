@@ -52,7 +52,9 @@ class File:
         self.data = bytearray(self._durable)
 
     def rot(self, rng: random.Random) -> None:
-        """Flip one bit that is on the disk."""
+        """Flip one bit of what is on the disk, if anything is."""
+        if not self._durable:
+            return
         place, bit = rng.randrange(len(self._durable)), 1 << rng.randrange(8)
         for image in (self.data, self._durable):
             if place < len(image):
