@@ -41,6 +41,7 @@ campaign: .venv/.ready-dev
 bench: .venv/.ready-dev
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/bytes.py
+	$(BIN)/python benchmarks/codec.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/rejoin.py
 	$(BIN)/python benchmarks/quorum.py

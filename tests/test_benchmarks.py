@@ -11,13 +11,15 @@ from math import prod
 from pathlib import Path
 
 import pytest
-from runs import make_agreement
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from nebula.config import Agreement, Cluster, Link
+from nebula.config import Agreement, Cluster, Codec, Link, Wan
 from nebula.recipe import load_recipe
 from nebula.runtime.engine import GroupEngine, Ranks
 from nebula.runtime.local import InProcess
+from nebula.wan.codec import measure
+from runs import make_agreement
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 STEPS = 6
@@ -155,6 +157,122 @@ def test_every_codec_is_a_run_that_validates():
     }
     assert [len(chain) for chain in steps.values()] == [0, 2, 2]
     assert [steps[name][0].bits for name in ("8 bit", "4 bit")] == [8, 4]
+
+
+# --- codec --------------------------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    "int8/256": (8.06, 5e-5, 1.0e-4),
+    "min-max u8": (8.00, 1.1e-4, 4.5e-4),
+    "6-sigma u8": (8.01, 2.6e-4, 7.6e-3),
+    "nf4/64": (4.50, 8.5e-3, 1.1e-2),
+    "int4/64": (4.25, 1.16e-2, 2.0e-2),
+    "E3M0/64": (4.25, 3.5e-2, 3.2e-2),
+    "2 bit/64": (2.25, 0.115, 0.183),
+    "1 bit/64": (1.25, 0.358, 0.492),
+    "SparseLoCo": (0.227, 0.881, 0.788),
+    "PowerSGD rank 8": (0.5, 0.978, 0.978),  # of a square matrix of 1024 rows, all of whose directions are alike
+    "bf16": (16.0, 2.8e-6, 2.8e-6),
+}
+"""Bits, and NMSE on a Gaussian and a Laplace source of a million values."""
+
+
+def test_the_formats_of_others_give_their_known_bits_and_errors():
+    rivals, elements = load("rivals"), 1 << 20
+    assert rivals.FORMATS.keys() == PUBLISHED.keys()
+    sources = measure.gaussian(elements), measure.laplace(elements)
+    for name, (bits, *errors) in PUBLISHED.items():
+        with measure.one_thread():
+            found = [measure.quality(rivals.PerTensor(rivals.FORMATS[name]), source) for source in sources]
+        assert [q.bits for q in found] == pytest.approx([bits] * 2, rel=0.005), name
+        assert [q.nmse for q in found] == pytest.approx(errors, rel=0.06), name
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 50), (2, 70, 40), (5000,)])
+def test_the_formats_of_others_take_tensors_of_any_shape(shape):
+    rivals = load("rivals")
+    for name, form in rivals.FORMATS.items():
+        for x in (torch.zeros(shape), torch.randn(shape, generator=torch.Generator().manual_seed(1))):
+            back = form.decode(form.encode(x), shape)
+            assert back.shape == shape, name
+            assert back.isfinite().all(), name
+            assert (x - back).square().sum() <= x.square().sum(), name
+
+
+def test_packing_to_the_bit_loses_nothing():
+    rivals, generator = load("rivals"), torch.Generator().manual_seed(0)
+    for bits in (1, 2, 4, 8):
+        codes = torch.randint(2**bits, (7, 64), generator=generator, dtype=torch.uint8)
+        packed = rivals.packed(codes, bits)
+        assert packed.nbytes == codes.numel() * bits // 8
+        assert torch.equal(rivals.unpacked(packed, bits), codes)
+    places = torch.randint(4096, (7, 64), generator=generator)
+    packed = rivals.packed_twelve(places)
+    assert packed.nbytes == places.numel() * 12 // 8
+    assert torch.equal(rivals.unpacked_twelve(packed), places)
+
+
+def test_normal_floats_are_those_of_their_paper():
+    floats = load("rivals").normal_floats().tolist()
+    assert (floats[0], floats[7], floats[15]) == (-1.0, 0.0, 1.0)
+    assert [floats[i] for i in (1, 6, 8, 14)] == pytest.approx([-0.69619, -0.09105, 0.07958, 0.72296], abs=1e-5)
+
+
+def test_a_library_that_does_not_run_is_said_so(monkeypatch):
+    libraries = load("libraries")
+
+    def absent():
+        raise ImportError("no such thing")
+
+    monkeypatch.setattr(libraries, "LIBRARIES", {"absent": ("absent", absent)})
+    monkeypatch.setattr(libraries.os, "environ", {})
+    assert libraries.present() == ({}, {"absent": "not run: ImportError: no such thing"})
+
+
+def test_deltas_are_those_of_consecutive_rounds(settings, tmp_path):
+    deltas, agreement = load("deltas"), Agreement.parse(settings["agreement"])
+    raw = Codec(steps=())
+    run = agreement.run.model_copy(update={"rounds": 2, "inner_steps": 2, "wan": Wan(up=raw, down=raw)})
+    members = dict.fromkeys(deltas.CLUSTERS, agreement.members["south"])
+    agreement = agreement.model_copy(update={"run": run, "members": members})
+    engines = {name: deltas.engine(agreement, name, settings["tokenizer"].decode(), str(tmp_path)) for name in members}
+    momenta = {fragment: {} for fragment in deltas.fragment_shapes(agreement)}
+    deltas.save(tmp_path, 0, first := deltas.one_round(agreement, engines, 0, momenta))
+    deltas.save(tmp_path, 1, deltas.one_round(agreement, engines, 1, momenta))
+    kept = deltas.load(tmp_path)
+    assert len(kept) == 2
+    assert kept[0].keys() == {"north", "south", "update"}
+    rate, momentum = run.outer.lr, run.outer.momentum
+    assert kept[0]["north"].keys() == kept[1]["update"].keys()
+    for where, update in first["update"].items():
+        assert torch.equal(kept[0]["update"][where], update)
+        means = [(found["north"][where] + found["south"][where]) / 2 for found in kept]
+        torch.testing.assert_close(update, -rate * (1 + momentum) * means[0])
+        moved = momentum * means[0] + means[1]
+        torch.testing.assert_close(kept[1]["update"][where], -rate * (means[1] + momentum * moved))
+
+
+def test_gaps_are_beyond_the_bound_of_their_source():
+    codec, bench = load("codec"), measure.Quality({"codes": 3.0, "low": 0.5, "scales": 0.5}, 2**-4, 0.5)
+    found = codec.figures({"gaussian": [bench], "laplace": [bench], "deltas": [bench, bench]})
+    assert found["gaussian"] == {
+        "bits": 4,
+        "nmse": 2**-4,
+        "metadata": 0.125,
+        "gap": 2,
+        "support_over_entropy": 0.5,
+    }
+    assert found["laplace"]["gap"] == pytest.approx(2.1044, abs=1e-4)
+    assert "gap" not in found["deltas"]
+    row = codec.quality_row("x", found)
+    assert len(row) == len(codec.QUALITY_HEAD)
+    assert row[:4] == ["x", "4.000", "6.25e-02", "2.00"]
+    speed = codec.speed_figures(measure.Speed([2.0, 1.0], [0.5, 0.25], [0.5, 0.5]), 10_000_000)
+    assert (speed["encode_m_per_second"].high, speed["decode_m_per_second"].low) == (10, 20)
+    assert (speed["encode_of_clone"].low, speed["decode_of_clone"].high) == (0.25, 2)
+    row = codec.speed_row("x", speed)
+    assert row[:3] == ["x", "8 (5 … 10)", "0.38 (0.25 … 0.50)"]
+    assert len(row) == len(codec.SPEED_HEAD)
 
 
 # --- startup ------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ VERBS = {
     "report": "Write a run's report.html again.",
     "sample": "Let a trained model write text.",
     "sim": "Put the protocol on trial in simulated worlds where everything fails.",
+    "bench": "Measure what Nebula's parts can do on this machine.",
     "ckpt": "List and verify a run's checkpoints; export its model as one file.",
 }
 """Each is a module beside this one whose `command` is a function with typer parameters, or a group of them."""

@@ -46,7 +46,7 @@ def command(
 def estimate(agreement: Agreement, params: int) -> dict[str, object]:
     """What follows from the config alone. Bytes are of one cluster and round, before entropy coding and framing."""
     run = agreement.run
-    up, down = (params * bits_per_parameter(codec) / 8 for codec in (run.wan.up, run.wan.down))
+    up, down = (params * bits_per_parameter(codec, run.model) / 8 for codec in (run.wan.up, run.wan.down))
     return {
         "params": params,
         "active_params": active_parameters(run.model),

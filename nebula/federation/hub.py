@@ -15,7 +15,7 @@ from nebula.federation import coordinator as machine
 from nebula.federation import pulls
 from nebula.federation.events import Arrived, Heard, Joined, Planned, Reported
 from nebula.federation.journal import Journal
-from nebula.federation.merge import largest_payload, read_delta
+from nebula.federation.merge import largest_payload
 from nebula.federation.sessions import Sessions, check_peer
 from nebula.federation.shell import Shell
 from nebula.proto.v1 import run_pb2 as pb
@@ -142,8 +142,9 @@ class Hub(Shell):
         if not (isfinite(head.weight) and head.weight >= 1):  # the sum of tiny ones vanishes in fp32
             raise PacketError(f"weight {head.weight} of {cluster} is not a positive number of tokens")
         verdict = self._verdict(cluster, head)
+        if verdict == "accept" and not self._merger.check(head.fragment, head.base, payload, head.parts):
+            verdict = "late"  # the deadline passed just now
         if verdict == "accept":
-            read_delta(payload, head.parts, self._merger.shapes[head.fragment])
             with self._changed:  # held over both: a blob that no event refers to yet would be swept up
                 blob = self._guard(lambda: self._ledger.put(payload))
                 verdict = self._verdict(cluster, head)  # a deadline may have passed while the delta was checked

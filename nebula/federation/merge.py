@@ -5,7 +5,7 @@ in a fixed order, so a merge repeated after a crash gives the same bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 
@@ -20,9 +20,11 @@ from nebula.federation.events import Arrived, Committed, Merge
 from nebula.federation.outer import outer_step
 from nebula.models.fragments import fragments
 from nebula.models.init import initial, parameter_shapes
-from nebula.types import ROLE, Delta, Slice
+from nebula.parallel.export import region
+from nebula.types import ROLE, Delta, Packet, Slice
 from nebula.wan.codec.layout import flatten
 from nebula.wan.codec.pipeline import Encoder, decode
+from nebula.wan.codec.prior import remember
 from nebula.wan.digest import fragment_digest, lanes
 from nebula.wan.frame import pack, unpack
 
@@ -43,8 +45,11 @@ def largest_payload(shapes: Shapes, ranks: int) -> int:
     return 5 * sum(prod(shape) for shape in shapes.values()) + ranks * ENVELOPE
 
 
-def read_delta(payload: bytes | memoryview, parts: Sequence[int], shapes: Shapes) -> dict[Slice, Tensor]:
-    """Decode one packet per rank. Raises PacketError unless together they tile the fragment with finite values."""
+def read_delta(
+    payload: bytes | memoryview, parts: Sequence[int], shapes: Shapes, last: Mapping[str, Tensor] | None = None
+) -> dict[Slice, Tensor]:
+    """Decode one packet per rank. `last`: the update before, which they may need. Raises PacketError unless together
+    they tile the fragment with finite values."""
     if sum(parts) != len(payload):
         raise PacketError(f"the packets' sizes add up to {sum(parts)} bytes but {len(payload)} came")
     elements = sum(prod(shape) for shape in shapes.values())
@@ -52,7 +57,7 @@ def read_delta(payload: bytes | memoryview, parts: Sequence[int], shapes: Shapes
     at = 0
     for size in parts:
         part = memoryview(payload)[at : at + size]
-        decoded = decode(unpack(part, max_bytes=size), max_elements=2 * elements + 65536)
+        decoded = decode(unpack(part, max_bytes=size), max_elements=2 * elements + 65536, last=_boxes(last))
         if twice := slices.keys() & decoded.keys():
             raise PacketError(f"two packets hold the same slice of parameter {min(w.name for w in twice)!r}")
         slices |= decoded
@@ -63,10 +68,13 @@ def read_delta(payload: bytes | memoryview, parts: Sequence[int], shapes: Shapes
 
 @dataclass(slots=True)
 class FragmentState:
-    """What the coordinator holds of a fragment, by full parameter name."""
+    """What the coordinator holds of a fragment, by full parameter name. `last`: the update that led to this version,
+    which clusters know too, as `remember` keeps it; empty at version 0."""
 
+    version: int
     params: dict[str, Tensor]
     momentum: dict[str, Tensor]
+    last: dict[str, Tensor]
     encoder: Encoder
 
 
@@ -84,7 +92,7 @@ class Merger:
         """Version 0 of every fragment, from the seed."""
         for fragment, shapes in self.shapes.items():
             params = {name: initial(name, shape, self._run.model, self._run.seed) for name, shape in shapes.items()}
-            self._states[fragment] = FragmentState(params, {}, Encoder(self._run.wan.down))
+            self._states[fragment] = FragmentState(0, params, {}, {}, Encoder(self._run.wan.down))
             blobs = {"params": self._write(params)}
             yield Committed(
                 fragment=fragment,
@@ -103,10 +111,11 @@ class Merger:
         momentum = self._read(blobs["momentum"]) if "momentum" in blobs else {}
         params = self._read(blobs["params"])
         check_digest(params, commit.digest)
-        for kind, blob in blobs.items():
-            if kind == "update":  # not needed here, but clusters will ask for it
-                self._ledger.get(blob)
-        self._states[commit.fragment] = FragmentState(params, momentum, encoder)
+        last = {}
+        if "update" in blobs:
+            data = self._ledger.get(blobs["update"])
+            last = remembered(by_name(unpack(data, max_bytes=len(data)), self.shapes[commit.fragment]))
+        self._states[commit.fragment] = FragmentState(commit.version, params, momentum, last, encoder)
 
     def repair(self, previous: Committed, effect: Merge, commit: Committed) -> None:
         """Have a commit whose blobs are damaged once more: merge its deltas again, onto the state before it. Raises
@@ -122,19 +131,20 @@ class Merger:
         state, shapes = self._states[effect.fragment], self.shapes[effect.fragment]
         mean = WeightedMean(shapes)
         for arrival in effect.arrivals:
-            mean.add(self._delta(arrival, shapes, effect.version - 1))
+            mean.add(self._delta(arrival, shapes, state))
         delta = mean.result()
         update, momentum = outer_step(self._run.outer, delta, state.momentum, effect.scale)
         packet = state.encoder.encode(_whole_slices(update))
-        applied = decode(packet, max_elements=2 * sum(u.numel() for u in update.values()) + 65536)
-        params = {where.name: state.params[where.name] + values for where, values in applied.items()}
+        applied = by_name(packet, shapes)
+        params = {name: state.params[name] + values for name, values in applied.items()}
         state.encoder.settle(True)
         blobs = {"update": self._ledger.put(pack(packet)), "params": self._write(params)}
         if momentum:
             blobs["momentum"] = self._write(momentum)
         if residual := {where.name: values for where, values in state.encoder.residual().items()}:
             blobs["residual"] = self._write(residual)
-        self._states[effect.fragment] = FragmentState(params, momentum, state.encoder)
+        last = remembered(applied)
+        self._states[effect.fragment] = FragmentState(effect.version, params, momentum, last, state.encoder)
         return Committed(
             fragment=effect.fragment,
             version=effect.version,
@@ -147,15 +157,23 @@ class Merger:
             seconds=self._clock.now() - start,
         )
 
-    def _delta(self, arrival: Arrived, shapes: Shapes, base: int) -> Delta:
+    def check(self, fragment: str, version: int, payload: bytes, parts: Sequence[int]) -> bool:
+        """Whether a delta against `version` still can be merged. Raises PacketError if it cannot be read."""
+        state = self._states[fragment]
+        if state.version != version:
+            return False
+        read_delta(payload, parts, self.shapes[fragment], state.last)
+        return True
+
+    def _delta(self, arrival: Arrived, shapes: Shapes, state: FragmentState) -> Delta:
         return Delta(
             cluster=arrival.cluster,
             role=ROLE,
             round=arrival.round,
             fragment=arrival.fragment,
-            base=base,
+            base=state.version,
             weight=arrival.weight,
-            tensors=read_delta(self._ledger.get(arrival.blob), arrival.parts, shapes),
+            tensors=read_delta(self._ledger.get(arrival.blob), arrival.parts, shapes, state.last),
         )
 
     def _write(self, tensors: Mapping[str, Tensor]) -> str:
@@ -175,6 +193,29 @@ def check_digest(params: Mapping[str, Tensor], expected: str) -> None:
     digest = state_digest(params)
     if digest != expected:
         raise JournalError(f"a restored fragment has digest {digest}, its commit says {expected}")
+
+
+def by_name(update: Packet, shapes: Shapes) -> dict[str, Tensor]:
+    """What clusters apply of an update of our own."""
+    elements = sum(prod(shape) for shape in shapes.values())
+    return {where.name: values for where, values in decode(update, max_elements=elements).items()}
+
+
+def remembered(update: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an applied update is to those that follow."""
+    return {name: remember(values) for name, values in update.items()}
+
+
+def _boxes(last: Mapping[str, Tensor] | None) -> Callable[[Slice], Tensor] | None:
+    """Looks up boxes of the update before. The function raises PacketError for what is not there."""
+    if not last:
+        return None
+    whole = _whole_slices(last)
+
+    def box(wanted: Slice) -> Tensor:
+        return region(wanted, [(piece, values) for piece, values in whole.items() if piece.name == wanted.name])
+
+    return box
 
 
 def read_state(data: bytes) -> dict[str, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from nebula.config import Blockwise, Codec, Model
+import math
+
+from nebula.config import Adaptive, Blockwise, Codec, LowRank, Minifloat, Model, RandomK, TopK
 
 
 def flops_per_token(model: Model, seq_len: int) -> float:
@@ -27,10 +29,31 @@ def data_parallel_bytes(params: int, inner_steps: int, clusters: int) -> int:
     return 2 * params * 2 * inner_steps * clusters
 
 
-def bits_per_parameter(codec: Codec) -> float:
-    """Before entropy coding, which makes it less: `bits` and a bf16 scale per block, or fp32 where nothing is lossy."""
-    bits = 32.0
+def bits_per_parameter(codec: Codec, model: Model) -> float:
+    """Before entropy coding of the values, which makes it less; 32 where nothing is lossy. Low rank: of a matrix of
+    `dim` rows and columns."""
     for step in codec.steps:
-        if isinstance(step, Blockwise):
-            bits = step.bits + 16 / step.block
-    return bits
+        match step:
+            case Adaptive():
+                return step.bits
+            case Blockwise():
+                return step.bits + 16 / step.block
+            case Minifloat():
+                return {"e3m0": 4 + 16 / step.block, "fp8": 8 + 16 / step.block, "bf16": 16.0}[step.format]
+            case TopK():
+                return (_kept_bits(step) + _support_bits(step.block, step.keep)) / step.block
+            case RandomK():
+                return _kept_bits(step) / step.block
+            case LowRank():
+                return min(32.0, 16 * step.rank * 2 / model.dim)
+    return 32.0
+
+
+def _kept_bits(step: TopK | RandomK) -> float:
+    """The values of one block, and its scales: one bf16 for integers, two for two magnitudes."""
+    return step.keep * step.bits + {2: 32, 8: 16, 32: 0}[step.bits]
+
+
+def _support_bits(block: int, keep: int) -> float:
+    """log2 of the number of ways to choose `keep` of `block`."""
+    return (math.lgamma(block + 1) - math.lgamma(keep + 1) - math.lgamma(block - keep + 1)) / math.log(2)

@@ -1,7 +1,7 @@
 """One rank's end of the exchange between clusters: the global parameters it holds, what it sends, what it takes.
 
-Memory, beside the model: `base`, one fp32 copy of this rank's part of the parameters on the host, and the codecs'
-residuals, another; while a fragment is sent or taken, that fragment once more.
+Memory, beside the model: `base`, one fp32 copy of this rank's part of the parameters on the host, the codecs'
+residuals, another, and the last update in bf16; while a fragment is sent or taken, that fragment once more.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from nebula.parallel.mesh import Group
 from nebula.types import Slice
 from nebula.wan.codec.layout import capacity
 from nebula.wan.codec.pipeline import Encoder, decode
+from nebula.wan.codec.prior import remember
 from nebula.wan.digest import Lanes, lanes
 from nebula.wan.frame import MAX_HEADER, pack, unpack
 
@@ -34,12 +35,15 @@ class Exchange:
         self.fragments = fragments(list(self._parameters), run.model.layers, run.fragments)
         self._feedback = bool(run.wan.up.feedback)
         self._encoders = {fragment: Encoder(run.wan.up) for fragment in self.fragments}
+        self._last = {name: torch.full_like(b, torch.nan, dtype=torch.bfloat16) for name, b in self._base.items()}
 
     @torch.no_grad()
     def encode(self, fragment: str) -> bytes:
         """This rank's slices of base − local, encoded where the parameters lie. The same bytes until settled."""
         delta = {where: self._base[where.name].to(view.device) - view for where, view in self._slices(fragment)}
-        return pack(self._encoders[fragment].encode(delta))
+        last = {where: self._last[where.name] for where in delta}
+        known = not any(bool(values.isnan().any()) for values in last.values())
+        return pack(self._encoders[fragment].encode(delta, last if known else None))
 
     @torch.no_grad()
     def apply(self, fragment: str, payload: bytes, *, merged: bool) -> dict[str, Lanes]:
@@ -51,6 +55,7 @@ class Exchange:
         updates = self._cut(fragment, payload)
         for where, update in updates.items():
             self._base[where.name] += update
+            self._last[where.name] = remember(update)
         return self._reset(fragment, merged=merged)
 
     @torch.no_grad()
@@ -59,6 +64,7 @@ class Exchange:
         that was merged meanwhile and must not count twice. Raises PacketError as `apply` does."""
         for where, value in self._cut(fragment, payload).items():
             self._base[where.name].copy_(value)
+            self._last[where.name].fill_(torch.nan)
         self._encoders[fragment].restore({})
         return self._reset(fragment, merged=False)
 
@@ -67,8 +73,10 @@ class Exchange:
         return {where.name: lanes(self._base[where.name], where) for where, _ in self._slices(fragment)}
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must keep of this: base (in place) and residuals (copies; zero where there is none)."""
-        return self._placed("base", self._base) | self._placed("residual", self._residuals())
+        """What a checkpoint must keep of this: base and the last update (in place; NaN where there was none), and
+        residuals (copies; zero where there is none)."""
+        kept = self._placed("base", self._base) | self._placed("last", self._last)
+        return kept | self._placed("residual", self._residuals())
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over the residuals of a `state()` that has been filled; base was filled in place."""

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Mapping, Sequence
 
 import torch
+import zstandard
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
@@ -18,9 +19,10 @@ from nebula.errors import PacketError
 from nebula.proto.v1.packet_pb2 import ArraySpec, PacketHeader
 from nebula.types import Json, Packet
 from nebula.wan.codec import wire
+from nebula.wan.codec.entropy import inflate
 
 MAGIC = b"NEBP"
-VERSION = 1
+VERSION = 2
 PREAMBLE = struct.Struct("<4sI")
 
 MAX_HEADER = 1 << 20
@@ -32,14 +34,16 @@ MAX_ARRAYS = 64
 def pack(packet: Packet) -> bytes:
     """One copy of the arrays, wherever they lie. Raises PacketError if the receiver would refuse the header."""
     arrays = sorted(packet.arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    trail = json.dumps(packet.trail, sort_keys=True, separators=(",", ":")).encode()
     header = PacketHeader(
         version=VERSION,
         arrays=[ArraySpec(name=name, dtype=wire.NAMES[x.dtype], shape=list(x.shape)) for name, x in arrays],
-        trail=[json.dumps(entry, sort_keys=True, separators=(",", ":")) for entry in packet.trail],
+        trail=zstandard.ZstdCompressor(level=9, write_content_size=True).compress(trail),
+        trail_size=len(trail),
     ).SerializeToString(deterministic=True)
-    if len(header) > MAX_HEADER or len(arrays) > MAX_ARRAYS:
+    if len(trail) > MAX_HEADER or len(arrays) > MAX_ARRAYS:
         raise PacketError(
-            f"{len(arrays)} arrays and a header of {len(header)} bytes exceed {MAX_ARRAYS} and {MAX_HEADER}",
+            f"{len(arrays)} arrays and a trail of {len(trail)} bytes exceed {MAX_ARRAYS} and {MAX_HEADER}",
             hint="split the fragment: it has too many slices",
         )
     return b"".join([PREAMBLE.pack(MAGIC, len(header)), header, *(wire.as_bytes(x) for _, x in arrays)])
@@ -59,7 +63,7 @@ def unpack(data: bytes | bytearray | memoryview, *, max_bytes: int) -> Packet:
         )
     body = PREAMBLE.size + length
     header = _header(bytes(view[PREAMBLE.size : body]))
-    return Packet(_arrays(header.arrays, view[body:]), tuple(_trail_entry(text) for text in header.trail))
+    return Packet(_arrays(header.arrays, view[body:]), _trail(header))
 
 
 def _header(data: bytes) -> PacketHeader:
@@ -74,14 +78,17 @@ def _header(data: bytes) -> PacketHeader:
     return header
 
 
-def _trail_entry(text: str) -> Mapping[str, Json]:
+def _trail(header: PacketHeader) -> tuple[Mapping[str, Json], ...]:
+    if header.trail_size > MAX_HEADER:
+        raise PacketError(f"a packet with a trail of {header.trail_size} bytes, at most {MAX_HEADER} are allowed")
+    text = inflate(memoryview(header.trail), header.trail_size)
     try:
-        entry = json.loads(text, parse_constant=_refuse)
+        trail = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise PacketError(f"the packet trail is not JSON: {reprlib.repr(text)}") from error
-    if not isinstance(entry, dict):
-        raise PacketError(f"the packet trail holds {reprlib.repr(text)}, not an object")
-    return entry
+    if not isinstance(trail, list) or not all(isinstance(entry, dict) for entry in trail):
+        raise PacketError(f"the packet trail holds {reprlib.repr(text)}, not a list of objects")
+    return tuple(trail)
 
 
 def _refuse(constant: str) -> Json:

@@ -6,7 +6,9 @@ import json
 import random
 import re
 import struct
+from itertools import product
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from nebula.proto.v1.packet_pb2 import ArraySpec, PacketHeader
 from nebula.types import Packet, Slice
 from nebula.wan.codec import Encoder, decode, wire
 from nebula.wan.codec.entropy import inflate
+from nebula.wan.codec.pipeline import DECODERS
 from nebula.wan.frame import MAGIC, PREAMBLE, VERSION, pack, unpack
 
 ELEMENTS = 600
@@ -31,7 +34,7 @@ def receive(data: bytes) -> dict[Slice, torch.Tensor]:
     return decode(unpack(data, max_bytes=LIMIT), max_elements=ELEMENTS)
 
 
-def honest(*steps: config.Blockwise | config.Zstd) -> bytes:
+def honest(*steps: config.CodecStep) -> bytes:
     generator = torch.Generator().manual_seed(0)
     tensors = {
         Slice("layers.0.attention.wq", (0, 0), (20, 25)): torch.randn(20, 25, generator=generator),
@@ -40,19 +43,36 @@ def honest(*steps: config.Blockwise | config.Zstd) -> bytes:
     return pack(Encoder(config.Codec(steps=steps)).encode(tensors))
 
 
+def variants(kind: type[config.Config]) -> list[config.CodecStep]:
+    """A step for each combination of what its literal fields may be; other fields keep their defaults."""
+    literal = {
+        name: get_args(field.annotation)
+        for name, field in kind.model_fields.items()
+        if get_origin(field.annotation) is Literal
+    }
+    return [kind(**dict(zip(literal, values, strict=True))) for values in product(*literal.values())]
+
+
+STEPS = [step for kind in get_args(get_args(config.CodecStep)[0]) for step in variants(kind)]
+"""Every kind of step that a recipe may name, in all its formats."""
+
 HONEST = [
-    honest(config.Blockwise(bits=4, block=64), config.Zstd()),
-    honest(config.Blockwise(bits=8, block=64)),
-    honest(config.Zstd()),
     honest(),
+    *(honest(step) for step in STEPS),
+    honest(config.Blockwise(), config.Zstd()),
+    honest(config.TopK(), config.Zstd()),
 ]
+TRAILS = [unpack(data, max_bytes=LIMIT).trail for data in HONEST]
+PLAIN = [data for data, trail in zip(HONEST, TRAILS, strict=True) if trail[-1]["kind"] not in ("zstd", "layout")]
 
 
 def assemble(arrays: list[tuple[str, str, list[int], bytes]], trail: list[object]) -> bytes:
+    text = json.dumps(trail).encode()
     header = PacketHeader(
         version=VERSION,
         arrays=[ArraySpec(name=name, dtype=dtype, shape=shape) for name, dtype, shape, _ in arrays],
-        trail=[json.dumps(entry) for entry in trail],
+        trail=zstandard.ZstdCompressor(write_content_size=True).compress(text),
+        trail_size=len(text),
     ).SerializeToString()
     return PREAMBLE.pack(MAGIC, len(header)) + header + b"".join(data for *_, data in arrays)
 
@@ -90,6 +110,10 @@ def flat_memory():
 
 def test_the_honest_packets_are_accepted():
     assert not any(refused(data) for data in HONEST)
+
+
+def test_every_decoder_is_among_what_is_attacked():
+    assert {entry["kind"] for trail in TRAILS for entry in trail} == {"layout", *DECODERS}
 
 
 @settings(deadline=None, max_examples=250)
@@ -135,8 +159,15 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
-names = st.sampled_from(["values", "codes", "scales", "w"])
+names = st.sampled_from(sorted({"values", "w"}.union(*(unpack(data, max_bytes=LIMIT).arrays for data in HONEST))))
 near = st.sampled_from([-1, 0, 1, 2, 4, 7, 8, 9, 16, 64, 600, 65536, 2**31, 2**48, 2**63, True, 1.0, "8", None])
+FIELDS = [
+    (key, st.sampled_from([entry[key] for trail in TRAILS for entry in trail if key in entry]))
+    for key in sorted(
+        {key for trail in TRAILS for entry in trail for key in entry} - {"kind", "arrays", "slices", "align"}
+    )
+]
+"""What the entries of honest trails hold, and values seen there."""
 dims = st.lists(near, max_size=3)
 entries = st.one_of(
     json_values.map(lambda value: {"kind": value}),
@@ -144,7 +175,9 @@ entries = st.one_of(
         {"kind": st.just("layout"), "align": near},
         optional={"slices": st.lists(st.tuples(names | near, dims, dims), max_size=3) | json_values},
     ),
-    st.fixed_dictionaries({"kind": st.just("blockwise")}, optional={"bits": near, "block": near}),
+    st.fixed_dictionaries(
+        {"kind": st.sampled_from(sorted(DECODERS))}, optional={key: near | fit for key, fit in FIELDS}
+    ),
     st.fixed_dictionaries(
         {"kind": st.just("zstd")},
         optional={
@@ -162,6 +195,46 @@ def test_invented_trails_never_do_more_than_fail(arrays, trail, sound):
     specs = [(name, dtype, [n], bytes(n * wire.DTYPES[dtype].itemsize)) for name, (dtype, n) in arrays.items()]
     specs.sort(key=lambda spec: -wire.DTYPES[spec[1]].itemsize)
     refused(assemble(specs, [layout(8), *trail] if sound else trail))
+
+
+@settings(deadline=None, max_examples=400)
+@given(data=st.sampled_from(PLAIN), field=st.data())
+def test_another_field_in_an_honest_trail_never_does_more_than_fail(data, field):
+    packet = unpack(data, max_bytes=LIMIT)
+    entry = dict(packet.trail[-1])
+    key = field.draw(st.sampled_from(sorted(entry)))
+    entry[key] = field.draw(
+        near | st.integers(-1, 70000) | st.sampled_from(sorted(DECODERS)) | dict(FIELDS).get(key, near)
+    )
+    refused(pack(Packet(packet.arrays, (*packet.trail[:-1], entry))))
+
+
+@settings(deadline=None, max_examples=400)
+@given(data=st.sampled_from(PLAIN), seed=st.integers(0, 2**32 - 1), share=st.floats(0.01, 1))
+def test_other_bytes_in_an_honest_form_are_refused_or_decode_to_numbers(data, seed, share):
+    packet = unpack(bytearray(data), max_bytes=LIMIT)
+    generator = torch.Generator().manual_seed(seed)
+    for array in packet.arrays.values():
+        raw = array.view(torch.uint8)
+        hit = torch.rand(raw.shape, generator=generator) < share
+        raw[hit] = torch.randint(0, 256, (int(hit.sum()),), generator=generator, dtype=torch.uint8)
+    try:
+        decoded = decode(packet, max_elements=ELEMENTS)
+    except PacketError:
+        return
+    assert all(x.isfinite().all() for x in decoded.values())
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.sampled_from(PLAIN), pick=st.data())
+def test_an_array_that_is_cut_or_missing_is_refused(data, pick):
+    packet = unpack(data, max_bytes=LIMIT)
+    name = pick.draw(st.sampled_from(sorted(name for name, array in packet.arrays.items() if len(array))))
+    arrays = dict(packet.arrays)
+    arrays[name] = arrays[name][: -pick.draw(st.integers(1, len(arrays[name])))]
+    assert refused(pack(Packet(arrays, packet.trail)))
+    del arrays[name]
+    assert refused(pack(Packet(arrays, packet.trail)))
 
 
 # --- bombs --------------------------------------------------------------------------------------------------------
@@ -275,7 +348,7 @@ def test_a_huge_window_is_refused():
 
 def test_an_unknown_codec_is_refused_by_naming_the_known():
     data = assemble([("values", "F32", [8], bytes(32))], [layout(8), {"kind": "pickle"}])
-    with pytest.raises(PacketError, match="unknown codec 'pickle', supported: blockwise, zstd"):
+    with pytest.raises(PacketError, match=f"unknown codec 'pickle', supported: {', '.join(DECODERS)}"):
         receive(data)
 
 
@@ -287,21 +360,21 @@ def test_a_trail_without_end_is_refused():
 @pytest.mark.parametrize("scale", [float("inf"), float("nan"), 3e38])
 def test_a_scale_that_would_decode_to_infinity_is_refused(scale):
     scales = bytes(wire.as_bytes(torch.tensor([scale]).bfloat16()))
-    trail = [layout(8, align=8), {"kind": "blockwise", "bits": 8, "block": 8}]
+    trail = [layout(8, align=8), {"kind": "blockwise", "format": "int8", "block": 8}]
     data = assemble([("scales", "BF16", [1], scales), ("codes", "U8", [8], bytes([128] * 8))], trail)
     with pytest.raises(PacketError, match="not finite"):
         receive(data)
 
 
-@pytest.mark.parametrize(("bits", "block"), [(4, 8), (6, 8), (5, 8), (8, 16), (8, 9)])
-def test_codes_that_do_not_fit_their_scales_are_refused(bits, block):
-    trail = [layout(8, align=8), {"kind": "blockwise", "bits": bits, "block": block}]
-    with pytest.raises(PacketError, match="do not fit 1 blocks"):
+@pytest.mark.parametrize(("format", "block"), [("int4", 8), ("int8", 16), ("int8", 9), ("sign", 8), ("lloyd2", 32)])
+def test_codes_that_do_not_fit_their_scales_are_refused(format, block):
+    trail = [layout(8, align=8), {"kind": "blockwise", "format": format, "block": block}]
+    with pytest.raises(PacketError, match="do not fit blocks"):
         receive(assemble([("scales", "BF16", [1], b"\x80\x3f"), ("codes", "U8", [8], bytes(8))], trail))
 
 
 def test_codes_beyond_the_layout_are_refused_before_they_are_decoded():
-    trail = [layout(8, align=8), {"kind": "blockwise", "bits": 8, "block": 8}]
+    trail = [layout(8, align=8), {"kind": "blockwise", "format": "int8", "block": 8}]
     data = assemble([("scales", "BF16", [9], b"\x80\x3f" * 9), ("codes", "U8", [72], bytes(72))], trail)
     with pytest.raises(PacketError, match="do not fit"):
         receive(data)

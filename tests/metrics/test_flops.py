@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nebula.config import Blockwise, Codec, Model, Zstd
+from nebula.config import Blockwise, Codec, LowRank, Minifloat, Model, RandomK, TopK, Zstd
 from nebula.metrics import units
 from nebula.metrics.flops import active_parameters, bits_per_parameter, data_parallel_bytes, flops_per_token
 from nebula.models.init import parameter_shapes
@@ -33,8 +33,24 @@ def test_flops_grow_with_the_context_by_attention_alone():
 
 def test_wan_figures():
     assert data_parallel_bytes(1000, 20, 2) == 2 * 1000 * 2 * 20 * 2
-    assert bits_per_parameter(Codec(steps=(Blockwise(bits=4, block=64), Zstd()))) == 4.25
-    assert bits_per_parameter(Codec(steps=())) == 32
+
+
+@pytest.mark.parametrize(
+    ("steps", "bits"),
+    [
+        ((), 32),
+        ((Zstd(),), 32),
+        ((Blockwise(bits=4, block=64), Zstd()), 4.25),
+        ((Minifloat(format="fp8", block=32),), 8.5),
+        ((Minifloat(format="bf16"), Zstd()), 16),
+        ((RandomK(bits=8, block=4096, keep=64),), (64 * 8 + 16) / 4096),
+        ((TopK(bits=2, block=16, keep=8),), (8 * 2 + 32 + math.log2(math.comb(16, 8))) / 16),
+        ((LowRank(rank=4),), 16 * 4 * (256 + 256) / 256**2),
+        ((LowRank(rank=1024),), 32),
+    ],
+)
+def test_bits_per_parameter(steps, bits):
+    assert bits_per_parameter(Codec(steps=steps), Model(dim=256)) == pytest.approx(bits)
 
 
 @pytest.mark.parametrize(

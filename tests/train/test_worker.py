@@ -85,7 +85,9 @@ def failure(rank: Rank, method: str, *arguments: Any) -> NebulaError:
 def everything(rank: Rank) -> dict[str, Any]:
     """All of a worker's state by name, gathered, but for its generators."""
     state = rank.memory["worker"]._state()
-    return {n: (v.full_tensor() if isinstance(v, DTensor) else v).numpy().copy() for n, v in state.items()}
+    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+    bits = {name: v.view(torch.int16) if v.dtype is torch.bfloat16 else v for name, v in whole.items()}
+    return {name: value.numpy().copy() for name, value in bits.items()}
 
 
 class Cluster:

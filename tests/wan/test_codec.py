@@ -14,8 +14,9 @@ from nebula.errors import PacketError, UsageError
 from nebula.types import Packet, Slice
 from nebula.wan.codec import Encoder, Pipeline, decode
 from nebula.wan.codec.entropy import Zstd
+from nebula.wan.codec.grids import LARGEST, SMALLEST_SCALE
 from nebula.wan.codec.layout import capacity, flatten, unflatten
-from nebula.wan.codec.quantize import LARGEST, SMALLEST_SCALE, Blockwise
+from nebula.wan.codec.quantize import Blockwise
 from nebula.wan.frame import pack
 
 INT4 = config.Codec(steps=(config.Blockwise(bits=4, block=64), config.Zstd()))
@@ -94,7 +95,7 @@ def test_layout_refuses_to_be_mostly_padding():
 def test_error_is_at_most_half_a_scale_at_any_magnitude(bits, block, blocks, exponent, seed):
     generator = torch.Generator().manual_seed(seed)
     x = (torch.rand(blocks * block, generator=generator) * 2 - 1) * 2.0**exponent
-    packet = Blockwise(bits, block).encode(flatten({Slice("w", (0,), tuple(x.shape)): x}, block))
+    packet = Blockwise(f"int{bits}", block).encode(flatten({Slice("w", (0,), tuple(x.shape)): x}, block))
     scale = packet.arrays["scales"].double().repeat_interleave(block)
     decoded = values_of(Blockwise.decode(packet))
     assert ((decoded.double() - x.double()).abs() <= scale * (0.5 + 1e-6)).all()
@@ -107,15 +108,24 @@ def test_error_is_at_most_half_a_scale_at_any_magnitude(bits, block, blocks, exp
     assert (packet.arrays["scales"].double() >= peak / limit * (1 - 1e-6)).all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_was_lost_is_left_in_place(bits):
+    flat = flatten(tensors_of([(300, 7), (5,)]), 10)
+    before = values_of(flat).clone()
+    packet = Blockwise(f"int{bits}", 10).encode(flat)
+    assert torch.equal(values_of(flat), before - values_of(Blockwise.decode(packet)))
+    assert values_of(flat).any()
+
+
 def test_integers_that_fit_survive_exactly_and_halves_round_to_even():
     x = torch.tensor([7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.0])
-    decoded = values_of(Blockwise.decode(Blockwise(4, 8).encode(flatten({Slice("w", (0,), (8,)): x}, 8))))
+    decoded = values_of(Blockwise.decode(Blockwise("int4", 8).encode(flatten({Slice("w", (0,), (8,)): x}, 8))))
     assert decoded.tolist() == [7.0, 0.0, 2.0, 2.0, 0.0, -2.0, -2.0, 3.0]
 
 
 def test_zero_blocks_decode_to_zero_from_a_normal_scale():
     tensors = {Slice("w", (0,), (128,)): torch.zeros(128)}
-    assert Blockwise(4, 64).encode(flatten(tensors, 64)).arrays["scales"].tolist() == [SMALLEST_SCALE] * 2
+    assert Blockwise("int4", 64).encode(flatten(tensors, 64)).arrays["scales"].tolist() == [SMALLEST_SCALE] * 2
     assert torch.equal(
         decode(Pipeline(INT4).encode(tensors), max_elements=128)[Slice("w", (0,), (128,))], torch.zeros(128)
     )
@@ -127,14 +137,14 @@ def test_values_that_are_not_finite_are_refused(bits, bad):
     x = torch.ones(64)
     x[17] = bad
     with pytest.raises(PacketError, match="not finite"):
-        Blockwise(bits, 64).encode(flatten({Slice("w", (0,), (64,)): x}, 64))
+        Blockwise(f"int{bits}", 64).encode(flatten({Slice("w", (0,), (64,)): x}, 64))
 
 
 def test_a_nan_with_a_full_mantissa_is_refused_too():
     x = torch.ones(64)
     x.view(torch.int32)[0] = 0x7FFFFFFF
     with pytest.raises(PacketError, match="not finite"):
-        Blockwise(4, 64).encode(flatten({Slice("w", (0,), (64,)): x}, 64))
+        Blockwise("int4", 64).encode(flatten({Slice("w", (0,), (64,)): x}, 64))
 
 
 def test_decoding_does_not_depend_on_threads_or_on_chunk_size(monkeypatch):
@@ -203,13 +213,13 @@ def test_no_quantisation_block_mixes_two_tensors():
     "steps", [(config.Zstd(), config.Blockwise()), (config.Blockwise(), config.Blockwise())], ids=["late", "twice"]
 )
 def test_steps_that_do_not_fit_are_refused_at_construction(steps):
-    with pytest.raises(UsageError, match="no fp32 values"):
+    with pytest.raises(UsageError, match="have a lossy one behind the first"):
         Pipeline(config.Codec(steps=steps))
 
 
 def test_decoding_undoes_one_trail_entry_per_step():
     flat = flatten(tensors_of([(10, 10)]), 64)
-    quantized = Blockwise(4, 64).encode(flat)
+    quantized = Blockwise("int4", 64).encode(flat)
     compressed = Zstd(1).encode(quantized)
     assert [entry["kind"] for entry in compressed.trail] == ["layout", "blockwise", "zstd"]
     assert same(Zstd.decode(compressed), quantized)
@@ -219,7 +229,7 @@ def test_decoding_undoes_one_trail_entry_per_step():
 def test_a_step_passes_arrays_that_are_not_its_own():
     flat = flatten(tensors_of([(64,)]), 64)
     support = torch.arange(64, dtype=torch.int32)
-    packet = Zstd(1).encode(Blockwise(8, 64).encode(Packet({**flat.arrays, "support": support}, flat.trail)))
+    packet = Zstd(1).encode(Blockwise("int8", 64).encode(Packet({**flat.arrays, "support": support}, flat.trail)))
     assert torch.equal(Blockwise.decode(Zstd.decode(packet)).arrays["support"], support)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,9 +26,14 @@ def raw(header: PacketHeader | bytes, body: bytes = b"", *, magic: bytes = MAGIC
     return PREAMBLE.pack(magic, len(data) if length is None else length) + data + body
 
 
-def header(*specs: tuple[str, str, list[int]], trail: tuple[str, ...] = (), version: int = VERSION) -> PacketHeader:
+def header(
+    *specs: tuple[str, str, list[int]], trail: bytes = b"[]", size: int | None = None, version: int = VERSION
+) -> PacketHeader:
     return PacketHeader(
-        version=version, arrays=[ArraySpec(name=n, dtype=d, shape=s) for n, d, s in specs], trail=list(trail)
+        version=version,
+        arrays=[ArraySpec(name=n, dtype=d, shape=s) for n, d, s in specs],
+        trail=zstandard.ZstdCompressor(write_content_size=True).compress(trail),
+        trail_size=len(trail) if size is None else size,
     )
 
 
@@ -97,7 +103,11 @@ BAD = {
     "header longer than the data": raw(header(), length=4000),
     "header longer than allowed": raw(b"\x1a\x00" * (MAX_HEADER // 2 + 1)),
     "header not protobuf": raw(b"\xff\xff\xff\xff"),
-    "trail not UTF-8": raw(header(trail=("ab",)).SerializeToString().replace(b"ab", b"\xff\xfe")),
+    "trail not UTF-8": raw(header(trail=b'[{"\xff\xfe": 1}]')),
+    "no trail": raw(PacketHeader(version=VERSION)),
+    "trail not compressed": raw(PacketHeader(version=VERSION, trail=b"[]", trail_size=2)),
+    "trail longer than stated": raw(header(trail=b"[{}]", size=2)),
+    "trail longer than allowed": raw(header(trail=b" " * MAX_HEADER + b"[]")),
     "version": raw(header(version=VERSION + 1)),
     "no version": raw(header(version=0)),
     "dtype": raw(header(("x", "F64", [1])), bytes(8)),
@@ -111,11 +121,12 @@ BAD = {
     "one name twice": raw(header(("x", "U8", [1]), ("x", "U8", [1])), bytes(2)),
     "misaligned": raw(header(("x", "U8", [1]), ("y", "F32", [1])), bytes(5)),
     "too many arrays": raw(header(*((f"x{i}", "U8", [0]) for i in range(MAX_ARRAYS + 1)))),
-    "trail not JSON": raw(header(trail=("{",))),
-    "trail not an object": raw(header(trail=("[]",))),
-    "trail with NaN": raw(header(trail=('{"a": NaN}',))),
-    "trail too deep": raw(header(trail=("[" * 100_000,))),
-    "trail with an endless number": raw(header(trail=('{"a": ' + "9" * 10_000 + "}",))),
+    "trail not JSON": raw(header(trail=b"[{")),
+    "trail not a list": raw(header(trail=b"{}")),
+    "trail not of objects": raw(header(trail=b"[[]]")),
+    "trail with NaN": raw(header(trail=b'[{"a": NaN}]')),
+    "trail too deep": raw(header(trail=b"[" * 100_000)),
+    "trail with an endless number": raw(header(trail=b'[{"a": ' + b"9" * 10_000 + b"}]")),
 }
 
 
@@ -139,5 +150,5 @@ def test_the_refusal_of_a_version_names_the_supported_one():
 def test_pack_refuses_what_unpack_would_refuse():
     with pytest.raises(PacketError, match="65 arrays"):
         pack(Packet({f"x{i}": torch.ones(1) for i in range(MAX_ARRAYS + 1)}))
-    with pytest.raises(PacketError, match="header of"):
+    with pytest.raises(PacketError, match="trail of"):
         pack(Packet({}, ({"kind": "x" * MAX_HEADER},)))

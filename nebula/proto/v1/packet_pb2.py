@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cnebula/proto/v1/packet.proto\x12\x0fnebula.proto.v1\"Z\n\x0cPacketHeader\x12\x0f\n\x07version\x18\x01 \x01(\r\x12*\n\x06\x61rrays\x18\x02 \x03(\x0b\x32\x1a.nebula.proto.v1.ArraySpec\x12\r\n\x05trail\x18\x03 \x03(\t\"7\n\tArraySpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\"h\n\x05\x46rame\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x63ounter\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\r\x12\x0c\n\x04last\x18\x05 \x01(\x08\x12\x12\n\nciphertext\x18\x06 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cnebula/proto/v1/packet.proto\x12\x0fnebula.proto.v1\"t\n\x0cPacketHeader\x12\x0f\n\x07version\x18\x01 \x01(\r\x12*\n\x06\x61rrays\x18\x02 \x03(\x0b\x32\x1a.nebula.proto.v1.ArraySpec\x12\r\n\x05trail\x18\x04 \x01(\x0c\x12\x12\n\ntrail_size\x18\x05 \x01(\rJ\x04\x08\x03\x10\x04\"7\n\tArraySpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\"h\n\x05\x46rame\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x63ounter\x18\x03 \x01(\x04\x12\r\n\x05index\x18\x04 \x01(\r\x12\x0c\n\x04last\x18\x05 \x01(\x08\x12\x12\n\nciphertext\x18\x06 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,9 +32,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'nebula.proto.v1.packet_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PACKETHEADER']._serialized_start=49
-  _globals['_PACKETHEADER']._serialized_end=139
-  _globals['_ARRAYSPEC']._serialized_start=141
-  _globals['_ARRAYSPEC']._serialized_end=196
-  _globals['_FRAME']._serialized_start=198
-  _globals['_FRAME']._serialized_end=302
+  _globals['_PACKETHEADER']._serialized_end=165
+  _globals['_ARRAYSPEC']._serialized_start=167
+  _globals['_ARRAYSPEC']._serialized_end=222
+  _globals['_FRAME']._serialized_start=224
+  _globals['_FRAME']._serialized_end=328
 # @@protoc_insertion_point(module_scope)

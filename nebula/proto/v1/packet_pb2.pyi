@@ -27,23 +27,25 @@ class PacketHeader(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     ARRAYS_FIELD_NUMBER: _builtins.int
     TRAIL_FIELD_NUMBER: _builtins.int
+    TRAIL_SIZE_FIELD_NUMBER: _builtins.int
     version: _builtins.int
+    trail: _builtins.bytes
+    """What each codec needs to undo its step, oldest first: a canonical JSON list of objects, in one zstd frame."""
+    trail_size: _builtins.int
+    """Of the JSON, in bytes."""
     @_builtins.property
     def arrays(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArraySpec]: ...
-    @_builtins.property
-    def trail(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What each codec needs to undo its step, oldest first; canonical JSON, one object each."""
-
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
         arrays: _abc.Iterable[Global___ArraySpec] | None = ...,
-        trail: _abc.Iterable[_builtins.str] | None = ...,
+        trail: _builtins.bytes = ...,
+        trail_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "trail", b"trail", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "trail", b"trail", "trail_size", b"trail_size", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Literal, TypeAlias
 
-from nebula.config import Blockwise, Codec, Data, Membership, Model, Nesterov, OuterSGD, Run, Wan, Zstd
+from nebula.config import Adaptive, Blockwise, Codec, Data, Membership, Model, Nesterov, OuterSGD, Run, Wan, Zstd
 from nebula.types import COORDINATOR
 
 Kind: TypeAlias = Literal[
@@ -36,7 +36,7 @@ MODEL = Model(
 
 CODECS = (
     Codec(steps=(Blockwise(bits=4, block=32), Zstd())),
-    Codec(steps=(Blockwise(bits=8, block=32),), feedback=0.9),
+    Codec(steps=(Adaptive(bits=3.0),), feedback=0.9),
     Codec(steps=(), feedback=None),
 )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -99,6 +100,38 @@ def unflatten(packet: Packet) -> dict[Slice, Tensor]:
     if len(packet.trail) != 1 or len(packet.arrays) != 1 or values.numel() != layout.padded:
         raise PacketError(f"the packet does not hold just the {layout.padded} values that its layout needs")
     return dict(_rooms(values, layout))
+
+
+def with_last(packet: Packet, last: Mapping[Slice, Tensor]) -> Packet:
+    """A packet with the update before it as array "last", laid out as its values are, on the host. Raises PacketError
+    if a slice is missing there or has another shape."""
+    layout = read(packet)
+    laid = torch.zeros(layout.padded, dtype=torch.bfloat16)
+    for piece, room in _rooms(laid, layout):
+        found = last.get(piece)
+        if found is None or found.shape != piece.shape:
+            raise PacketError(f"there is no update before this packet for {piece}")
+        room.copy_(found)
+    return Packet({**packet.arrays, "last": laid}, packet.trail)
+
+
+def filled(packet: Packet) -> Tensor:
+    """How many values of each block of `align` are no padding, on the host."""
+    layout = read(packet)
+    counts = torch.full((layout.padded // layout.align,), layout.align)
+    pairs = zip(layout.sizes, accumulate(layout.rooms), layout.rooms, strict=True)
+    last = [(end // layout.align - 1, layout.align - (room - size)) for size, end, room in pairs if room]
+    if last:
+        where, count = torch.tensor(last).T
+        counts[where] = count
+    return counts
+
+
+def clear_padding(packet: Packet) -> None:
+    """Put the zeros of `flatten` back into "values", where a step has worked in place."""
+    layout = read(packet)
+    for size, room in zip(layout.sizes, torch.split(packet.arrays["values"], layout.rooms), strict=True):
+        room[size:].zero_()
 
 
 def _rooms(values: Tensor, layout: Layout) -> Iterator[tuple[Slice, Tensor]]:

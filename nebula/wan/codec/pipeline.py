@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -16,15 +16,19 @@ from torch import Tensor
 from nebula import config
 from nebula.errors import PacketError, UsageError
 from nebula.types import Codec, Packet, Slice
+from nebula.wan.codec.adaptive import Adaptive
 from nebula.wan.codec.entropy import Zstd
-from nebula.wan.codec.layout import flatten, read, unflatten
-from nebula.wan.codec.quantize import Blockwise
+from nebula.wan.codec.layout import clear_padding, flatten, read, unflatten, with_last
+from nebula.wan.codec.lowrank import LowRank
+from nebula.wan.codec.quantize import BFloat16, Blockwise
+from nebula.wan.codec.sparsify import RandomK, TopK
 
 MAX_STEPS = 8
 
 
 class Step(Codec, Protocol):
-    """`align`: slices are padded to a multiple of it. `lossless`: leaves nothing for error feedback."""
+    """`align`: slices are padded to a multiple of it. `lossless`: `encode` does not touch "values"; otherwise it leaves
+    in them, in place, what the packet lost: values afterwards + decoded = values before, up to one fp32 rounding."""
 
     @property
     def align(self) -> int: ...
@@ -33,39 +37,56 @@ class Step(Codec, Protocol):
 
 
 ENCODERS: dict[type[config.Config], Callable[[Any], Step]] = {
-    config.Blockwise: lambda step: Blockwise(step.bits, step.block),
+    config.Adaptive: lambda step: Adaptive(step.bits),
+    config.Blockwise: lambda step: Blockwise({8: "int8", 4: "int4", 2: "lloyd2", 1: "sign"}[step.bits], step.block),
+    config.Minifloat: lambda step: BFloat16() if step.format == "bf16" else Blockwise(step.format, step.block),
+    config.TopK: lambda step: TopK(step.bits, step.block, step.keep),
+    config.RandomK: lambda step: RandomK(step.bits, step.block, step.keep),
+    config.LowRank: lambda step: LowRank(step.rank, step.iterations),
     config.Zstd: lambda step: Zstd(step.level),
 }
 """How each step of a config encodes."""
 
 DECODERS: dict[str, Callable[[Packet], Packet]] = {
+    "adaptive": Adaptive.decode,
     "blockwise": Blockwise.decode,
+    "bf16": BFloat16.decode,
+    "topk": TopK.decode,
+    "randomk": RandomK.decode,
+    "lowrank": LowRank.decode,
     "zstd": Zstd.decode,
 }
 """How each kind of trail entry is undone. A decoder removes the last entry and believes nothing in it."""
 
 
 class Pipeline:
-    """Encodes tensors by the steps of a config; no steps: plain fp32. Raises UsageError if they do not fit together."""
+    """Encodes tensors by the steps of a config; no steps: plain fp32. Raises UsageError unless they are at most one
+    lossy step and then only lossless ones: error feedback holds what one step lost."""
 
     def __init__(self, cfg: config.Codec) -> None:
-        steps = [ENCODERS[type(step)](step) for step in cfg.steps]
-        if len(steps) >= MAX_STEPS:
-            raise UsageError(f"a codec of {len(steps)} steps, at most {MAX_STEPS - 1} are supported")
-        self.align = math.lcm(*(step.align for step in steps))
-        # Error feedback needs only what the lossy steps at the front decode to.
-        cut = max((index + 1 for index, step in enumerate(steps) if not step.lossless), default=0)
-        self.lossy, self.rest = steps[:cut], steps[cut:]
-        self.encode({})  # a dry run finds steps in the wrong order now, not at the end of the first round
+        self._steps = [ENCODERS[type(step)](step) for step in cfg.steps]
+        if len(self._steps) >= MAX_STEPS:
+            raise UsageError(f"a codec of {len(self._steps)} steps, at most {MAX_STEPS - 1} are supported")
+        if not all(step.lossless for step in self._steps[1:]):
+            kinds = ", ".join(step.kind for step in cfg.steps)
+            raise UsageError(
+                f"the codec steps {kinds} have a lossy one behind the first",
+                hint="take one lossy step, put it first, and only lossless ones such as 'zstd' behind it",
+            )
+        self.align = math.lcm(*(step.align for step in self._steps))
+        self.lossless = all(step.lossless for step in self._steps)
+        self._conditional = any(isinstance(step, Adaptive) for step in self._steps)
 
-    def encode(self, tensors: Mapping[Slice, Tensor]) -> Packet:
-        return apply(self.rest, apply(self.lossy, flatten(tensors, self.align)))
+    def encode(self, tensors: Mapping[Slice, Tensor], last: Mapping[Slice, Tensor] | None = None) -> Packet:
+        """The tensors stay as they are. Raises PacketError where they are not finite and a step cannot have that."""
+        return self.apply(flatten(tensors, self.align), last)
 
-
-def apply(steps: Iterable[Step], packet: Packet) -> Packet:
-    for step in steps:
-        packet = step.encode(packet)
-    return packet
+    def apply(self, flat: Packet, last: Mapping[Slice, Tensor] | None = None) -> Packet:
+        """Encode what `flatten` made, in place: its "values" end up as what was lost, unless nothing is."""
+        packet = with_last(flat, last) if last is not None and self._conditional else flat
+        for step in self._steps:
+            packet = step.encode(packet)
+        return packet
 
 
 def undo(packet: Packet) -> Packet:
@@ -80,8 +101,9 @@ def undo(packet: Packet) -> Packet:
     return packet
 
 
-def decode(packet: Packet, *, max_elements: int) -> dict[Slice, Tensor]:
-    """fp32 tensors, from nothing but the packet, on the device it lies on (the CPU if it was compressed).
+def decode(packet: Packet, *, max_elements: int, last: Callable[[Slice], Tensor] | None = None) -> dict[Slice, Tensor]:
+    """fp32 tensors on the device the packet lies on (the CPU if it was compressed), from nothing but the packet, and,
+    if that says so, the update before it: `last` looks up boxes of what `remember` kept of that.
 
     Raises PacketError if it is malformed or holds more than `max_elements` parameters. Memory stays below a small
     multiple of that, whatever the packet says. Plain fp32 may hold NaN; quantised packets cannot.
@@ -89,6 +111,8 @@ def decode(packet: Packet, *, max_elements: int) -> dict[Slice, Tensor]:
     elements = read(packet).elements
     if elements > max_elements:
         raise PacketError(f"the packet holds {elements} parameters, at most {max_elements} are expected")
+    if last is not None and any(entry.get("last") for entry in packet.trail):
+        packet = with_last(packet, {piece: last(piece) for piece in read(packet).slices})
     return unflatten(undo(packet))
 
 
@@ -97,17 +121,18 @@ class Encoder:
 
     With residual e, decay β and x = tensors + β·e, a packet P = encode(x) leaves e′ = x − decode(P); e′ replaces e
     only when the round that carried P has happened. Holds up to two fp32 copies of the fragment (e and e′), none if
-    feedback is off or all steps are lossless; while encoding, one more.
+    feedback is off or all steps are lossless.
     """
 
     def __init__(self, cfg: config.Codec) -> None:
         self._pipeline = Pipeline(cfg)
-        self._decay = (cfg.feedback or 0.0) if self._pipeline.lossy else 0.0
+        self._decay = 0.0 if self._pipeline.lossless else cfg.feedback or 0.0
         self._residual: Packet | None = None
         self._pending: Packet | None = None
 
-    def encode(self, tensors: Mapping[Slice, Tensor]) -> Packet:
-        """Until `settle`, equal tensors give equal packets. Raises PacketError if tensors + residual are not finite,
+    def encode(self, tensors: Mapping[Slice, Tensor], last: Mapping[Slice, Tensor] | None = None) -> Packet:
+        """`last`: the update before, as `remember` kept it; a codec that uses it makes packets that only who has it can
+        read. Until `settle`, equal tensors give equal packets. Raises PacketError if tensors + residual are not finite,
         UsageError if the residual belongs to other slices."""
         self._pending = None
         flat = flatten(tensors, self._pipeline.align)
@@ -118,11 +143,11 @@ class Encoder:
                     hint="resume with the layout that the checkpoint was saved with",
                 )
             flat.arrays["values"].add_(self._residual.arrays["values"], alpha=self._decay)
-        packet = apply(self._pipeline.lossy, flat)
+        packet = self._pipeline.apply(flat, last)
         if self._decay:
-            flat.arrays["values"].sub_(undo(packet).arrays["values"])
+            clear_padding(flat)  # a checkpoint does not keep it
             self._pending = flat
-        return apply(self._pipeline.rest, packet)
+        return packet
 
     def settle(self, merged: bool) -> None:
         """The fate of the last packet. True: its error is carried on; if the packet is not at hand any more (it was

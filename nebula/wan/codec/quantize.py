@@ -1,7 +1,7 @@
-"""Blockwise symmetric integers (block-wise absmax scaling as in arXiv 2110.02861, uniform codes).
+"""One scale and one code per value for each block (block-wise scaling as in arXiv 2110.02861); bf16 by truncation.
 
-For a block b with absolute maximum m_b and L = 2^(bits−1) − 1: scale s_b = m_b / L rounded up to bf16, code
-q_i = round_half_even(x_i / s_b), decoded x̂_i = q_i · s_b. As s_b ≥ m_b / L, |q_i| ≤ L and |x_i − x̂_i| ≤ s_b / 2.
+For a block b with scale s_b: code q_i = the grid's code for x_i / s_b, decoded x̂_i = level(q_i) · s_b. For integers of
+peak m_b and L = 2^(bits−1) − 1, s_b = m_b / L rounded up to bf16, so |q_i| ≤ L and |x_i − x̂_i| ≤ s_b / 2.
 """
 
 from __future__ import annotations
@@ -12,101 +12,102 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nebula.errors import PacketError, UsageError
+from nebula.errors import PacketError
 from nebula.types import Json, Packet
-from nebula.wan.codec import layout, wire
+from nebula.wan.codec import grids, layout, wire
 
 CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Values worked on at a time: what stays in a core's cache, what keeps a GPU busy. Bounds the scratch memory."""
 
-LARGEST = 2.0**127
-"""Inputs from here on are refused with infinities and NaN: their decoded form could overflow fp32."""
-
-SMALLEST_SCALE = 2.0**-126
-"""The smallest normal number. No scale is zero or subnormal, so decoding never depends on how a device treats those."""
-
 
 class Blockwise:
-    """Array "values" (F32, whole blocks) becomes "codes" (U8) and "scales" (BF16, one per block); other arrays pass.
-
-    Four-bit codes are stored plus 8, two per byte: the low nibbles hold the first half of a block, the high ones the
-    second, so that both are contiguous.
-    """
+    """Array "values" (F32, whole blocks) becomes "codes" (U8) and "scales" (BF16, one per block); others pass."""
 
     lossless: ClassVar[bool] = False
 
-    def __init__(self, bits: int, block: int) -> None:
-        self.bits, self.block, self.align = bits, block, block
+    def __init__(self, format: str, block: int) -> None:
+        self._format, self._grid, self._block, self.align = format, grids.GRIDS[format], block, block
 
     def encode(self, packet: Packet) -> Packet:
-        """Raises PacketError on NaN, infinities and absurd magnitudes, UsageError where there are no fp32 values."""
-        values = packet.arrays.get("values")
-        if values is None or values.dtype is not torch.float32:
-            raise UsageError("codec step 'blockwise' found no fp32 values", hint="put it before 'zstd', and only once")
-        blocks_NB = values.view(-1, self.block)
-        scales_N = _scales(blocks_NB, self.bits)
-        codes_NC = torch.empty(len(blocks_NB), self.block * self.bits // 8, dtype=torch.uint8, device=values.device)
-        for part in _chunks(blocks_NB):
-            _quantize(blocks_NB[part], scales_N[part], codes_NC[part], self.bits)
-        others = {name: other for name, other in packet.arrays.items() if name != "values"}
-        entry: dict[str, Json] = {"kind": "blockwise", "bits": self.bits, "block": self.block}
-        return Packet(others | {"codes": codes_NC.view(-1), "scales": scales_N}, (*packet.trail, entry))
+        """Leaves x − x̂ in "values". Raises PacketError on NaN, infinities and absurd magnitudes."""
+        values = packet.arrays["values"]
+        blocks_NB = values.view(-1, self._block)
+        peak_N = grids.peaks(blocks_NB)
+        filled_N = layout.filled(packet).to(values.device)
+        scales_N = torch.empty(len(blocks_NB), dtype=torch.bfloat16, device=values.device)
+        width = self._block * self._grid.bits // 8
+        codes_NC = torch.empty(len(blocks_NB), width, dtype=torch.uint8, device=values.device)
+        for part in chunks(blocks_NB):
+            scales_N[part] = grids.scales(self._grid, blocks_NB[part], peak_N[part], filled_N[part])
+            codes_NC[part] = grids.encode(self._grid, blocks_NB[part], scales_N[part])
+            decoded_NB = grids.values(self._grid, codes_NC[part]).mul_(scales_N[part].float()[:, None])
+            blocks_NB[part].sub_(decoded_NB)
+        entry: dict[str, Json] = {"kind": "blockwise", "format": self._format, "block": self._block}
+        return replaced(packet, ("values",), {"codes": codes_NC.view(-1), "scales": scales_N}, entry)
 
     @staticmethod
     def decode(packet: Packet) -> Packet:
         """One fp32 multiplication per value, so the result is the same on any device. Raises PacketError."""
-        bits = wire.integer(packet.trail[-1], "bits", 4, 8)
-        block = wire.integer(packet.trail[-1], "block", 8, layout.MAX_ALIGN)
+        name = packet.trail[-1].get("format")
+        if not isinstance(name, str) or name not in grids.GRIDS:
+            raise PacketError(f"unknown number format, supported: {', '.join(grids.GRIDS)}")
+        grid, block = grids.GRIDS[name], wire.integer(packet.trail[-1], "block", 8, layout.MAX_ALIGN)
         codes = wire.array(packet, "codes", torch.uint8)
-        scales_N = wire.array(packet, "scales", torch.bfloat16)
-        count = scales_N.numel() * block
-        if bits not in (4, 8) or block % 2 or codes.numel() * 8 != count * bits or count > layout.read(packet).padded:
+        count, rest = divmod(layout.read(packet).padded, block)
+        scales_N = finite(wire.array(packet, "scales", torch.bfloat16), grid.largest)
+        if rest or block * grid.bits % 8 or len(scales_N) != count or codes.numel() * 8 != count * block * grid.bits:
             raise PacketError(
-                f"{codes.numel()} bytes of {bits}-bit codes do not fit {scales_N.numel()} blocks of {block}"
+                f"{codes.numel()} bytes of {name} and {len(scales_N)} scales do not fit blocks of {block}"
             )
-        if not (scales_N.float() * 2.0 ** (bits - 1)).isfinite().all():
-            raise PacketError("the packet holds a scale that is not finite")
-        blocks_NB = torch.empty(scales_N.numel(), block, dtype=torch.float32, device=codes.device)
-        codes_NC = codes.view(-1, block * bits // 8)
-        for part in _chunks(blocks_NB):
-            _dequantize(codes_NC[part], scales_N[part], blocks_NB[part], bits)
-        others = {name: other for name, other in packet.arrays.items() if name not in ("codes", "scales")}
-        return Packet(others | {"values": blocks_NB.view(-1)}, packet.trail[:-1])
+        codes_NC = codes.view(count, block * grid.bits // 8)
+        blocks_NB = torch.empty(count, block, dtype=torch.float32, device=codes.device)
+        for part in chunks(blocks_NB):
+            torch.mul(grids.values(grid, codes_NC[part]), scales_N[part].float()[:, None], out=blocks_NB[part])
+        return replaced(packet, ("codes", "scales"), {"values": blocks_NB.view(-1)})
 
 
-def _chunks(blocks_NB: Tensor) -> Iterator[slice]:
-    step = max(1, CHUNK[blocks_NB.device.type] // blocks_NB.shape[1])
-    return (slice(start, start + step) for start in range(0, len(blocks_NB), step))
+class BFloat16:
+    """Array "values" (F32) becomes "codes" (BF16), rounded to the nearest; others pass. Zstd splits the byte planes."""
+
+    lossless: ClassVar[bool] = False
+    align: ClassVar[int] = 1
+
+    def encode(self, packet: Packet) -> Packet:
+        """Leaves x − x̂ in "values". Raises PacketError on NaN, infinities and absurd magnitudes."""
+        values = packet.arrays["values"]
+        if len(values):
+            grids.peaks(values[None])
+        codes = torch.empty_like(values, dtype=torch.bfloat16)
+        for part in chunks(values[:, None]):
+            codes[part] = values[part]
+            values[part].sub_(codes[part])
+        return replaced(packet, ("values",), {"codes": codes}, {"kind": "bf16"})
+
+    @staticmethod
+    def decode(packet: Packet) -> Packet:
+        """Raises PacketError."""
+        codes = finite(wire.array(packet, "codes", torch.bfloat16), 1.0)
+        if len(codes) != layout.read(packet).padded:
+            raise PacketError(f"the packet holds {len(codes)} bf16 values, not those of its layout")
+        return replaced(packet, ("codes",), {"values": codes.float()})
 
 
-def _scales(blocks_NB: Tensor, bits: int) -> Tensor:
-    """One bf16 per block, rounded up. Raises PacketError unless all values are finite and below LARGEST."""
-    if not len(blocks_NB):
-        return torch.empty(0, dtype=torch.bfloat16, device=blocks_NB.device)
-    peak_N = torch.maximum(blocks_NB.amax(1), blocks_NB.amin(1).neg_())
-    if not (peak_N < LARGEST).all():  # false for NaN
-        raise PacketError("cannot encode values that are not finite", hint="look for a diverging loss on this cluster")
-    exact_N = (peak_N / (2 ** (bits - 1) - 1)).clamp_min_(SMALLEST_SCALE)
-    # bf16 is the upper half of fp32; adding just under one unit of that half before cutting rounds up.
-    upper_N: Tensor = (exact_N.view(torch.int32) + 0xFFFF) >> 16
-    return upper_N.to(torch.int16).view(torch.bfloat16)
+def chunks(blocks_NB: Tensor, times: int = 1) -> Iterator[slice]:
+    """Rows to work on at a time, `times` CHUNK values; at least one chunk even of no rows."""
+    step = max(1, times * CHUNK[blocks_NB.device.type] // blocks_NB.shape[1])
+    return (slice(start, start + step) for start in range(0, max(1, len(blocks_NB)), step))
 
 
-def _quantize(blocks_NB: Tensor, scales_N: Tensor, codes_NC: Tensor, bits: int) -> None:
-    rounded_NB = (blocks_NB / scales_N.float()[:, None]).round_()
-    if bits == 8:
-        codes_NC.view(torch.int8).copy_(rounded_NB)
-        return
-    low_NC, high_NC = rounded_NB.chunk(2, dim=1)
-    codes_NC.copy_(torch.add(low_NC, high_NC, alpha=16).add_(8 + 8 * 16))
+def finite(numbers: Tensor, factor: float) -> Tensor:
+    """Numbers from a peer. Raises PacketError unless they are finite, times `factor` too."""
+    if len(numbers) and not float(numbers.abs().amax()) * factor <= torch.finfo(torch.float32).max:  # false for NaN
+        raise PacketError("the packet holds a number that is not finite")
+    return numbers
 
 
-def _dequantize(codes_NC: Tensor, scales_N: Tensor, blocks_NB: Tensor, bits: int) -> None:
-    if bits == 8:
-        blocks_NB.copy_(codes_NC.view(torch.int8))
-    else:
-        low_NC, high_NC = blocks_NB.chunk(2, dim=1)
-        low_NC.copy_(codes_NC & 15)
-        high_NC.copy_(codes_NC >> 4)
-        blocks_NB.sub_(8)
-    blocks_NB.mul_(scales_N.float()[:, None])
+def replaced(
+    packet: Packet, gone: tuple[str, ...], new: dict[str, Tensor], entry: dict[str, Json] | None = None
+) -> Packet:
+    """The packet with arrays `new` for those `gone`, and one trail entry more, or else the last one less."""
+    arrays = {name: array for name, array in packet.arrays.items() if name not in gone} | new
+    return Packet(arrays, (*packet.trail, entry) if entry is not None else packet.trail[:-1])

@@ -83,4 +83,6 @@ def array(packet: Packet, name: str, dtype: torch.dtype) -> Tensor:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor, copied only if it is on a device or not contiguous."""
+    if not tensor.numel():  # may have strides that bytes cannot have
+        return memoryview(b"")
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
