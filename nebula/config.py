@@ -201,12 +201,22 @@ class Zstd(Config):
 CodecStep = Annotated[Adaptive | Blockwise | Minifloat | TopK | RandomK | LowRank | Zstd, Field(discriminator="kind")]
 
 
+def proposed_feedback(steps: tuple[CodecStep, ...]) -> float:
+    """Decay of the residual for a codec: at two bits and below, codecs of fixed form do better if old residuals fade;
+    the adaptive one does not need it (benchmarks/README.md, "What a codec costs in training")."""
+    return 0.95 if any(isinstance(step, TopK | RandomK | LowRank) or _bits(step) <= 2 for step in steps) else 1.0
+
+
+def _bits(step: CodecStep) -> float:
+    return step.bits if isinstance(step, Blockwise) else 32.0
+
+
 class Codec(Config):
     """Steps applied in order; none sends fp32. `feedback` keeps what a lossy step left out and adds it, times this
-    decay, to the next delta; None switches that off."""
+    decay, to the next delta; None switches that off. Unless it is given, it is what suits the steps."""
 
-    steps: tuple[CodecStep, ...] = (Blockwise(), Zstd())
-    feedback: Share | None = 1.0
+    steps: tuple[CodecStep, ...] = (Adaptive(bits=2.0),)
+    feedback: Share | None = Field(default_factory=lambda given: proposed_feedback(given["steps"]))
 
 
 class Wan(Config):
@@ -214,6 +224,18 @@ class Wan(Config):
 
     up: Codec = Codec()
     down: Codec = Codec()
+
+
+def proposed_outer(wan: Wan) -> Nesterov | OuterSGD:
+    """The outer rule for what clusters send. Below two bits, what a round leaves out comes in later rounds, and
+    DiLoCo's momentum of 0.9 overshoots: the adaptive codec then goes best with a full step and a momentum that grows as
+    the rate falls, other codecs with plain averaging (benchmarks/README.md, "What a codec costs in training")."""
+    for step in wan.up.steps:
+        if isinstance(step, Adaptive) and step.bits < 2:
+            return Nesterov(lr=1.0, momentum=round(min(0.5, 0.15 / step.bits**0.5), 3))
+        if isinstance(step, TopK | RandomK | LowRank) or _bits(step) <= 2:
+            return OuterSGD(lr=1.0)
+    return Nesterov()
 
 
 class Membership(Config):
@@ -235,21 +257,24 @@ class Membership(Config):
 
 
 class Run(Config):
-    """One training job. `batch`: sequences per rank and inner step, unless a cluster file says otherwise."""
+    """One training job. `batch`: sequences per rank and inner step, unless a cluster file says otherwise. `outer`:
+    unless it is given, what suits the codec."""
 
     name: Name
     model: Model = Model()
     data: Data = Data()
     objective: LM = LM()
     optimizer: Annotated[AdamW | SGD, Field(discriminator="kind")] = AdamW()
-    outer: Annotated[Nesterov | OuterSGD, Field(discriminator="kind")] = Nesterov()
+    wan: Wan = Wan()
+    outer: Annotated[Nesterov | OuterSGD, Field(discriminator="kind")] = Field(
+        default_factory=lambda given: proposed_outer(given["wan"])
+    )
     rounds: Positive = 10
     inner_steps: Positive = 20
     fragments: Positive = 2
     batch: Positive = 8
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
-    wan: Wan = Wan()
     membership: Membership = Membership()
     evaluate_every: Positive = 4
     checkpoint_every: Positive = 1

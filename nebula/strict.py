@@ -109,6 +109,8 @@ def translate(error: ValidationError, root: type[BaseModel] | None, where: Where
     """One UsageError for everything that pydantic found. `root` is the model that was validated, if it is known."""
     problems: dict[str, _Problem] = {}
     for details in error.errors(include_url=False):
+        if details["type"] == "default_factory_not_called":  # a default that follows from what is wrong elsewhere
+            continue
         problem = _problem(details, root)
         problems.setdefault(problem.key, problem)
     found = list(problems.values())

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nebula import config
 from nebula.config import SGD, Blockwise, Run
 from nebula.errors import UsageError
 from nebula.recipe import load_federation, load_recipe
@@ -124,7 +125,7 @@ def test_values_that_only_fit_together_are_set_together(recipe):
         ("optimizer.lrr=1", "unknown key 'lrr' (--set: optimizer.lrr)", "did you mean 'lr'?"),
         ("optimizer.kind=sdg", "unknown kind 'sdg' (--set: optimizer.kind)", "did you mean 'sgd'?"),
         ("wan.up.steps.0.bit=8", "(--set: wan.up.steps.0.bit)", "did you mean 'bits'?"),
-        ("wan.up.steps.7.bits=8", "the keys here are 0, 1", "correct its spelling"),
+        ("wan.up.steps.7.bits=8", "the keys here are 0", "correct its spelling"),
         ("rounds=3.5", "wrong value 3.5 (--set: rounds): expected a whole number", "correct rounds"),
         ("rounds=0", "expected greater than 0", "correct rounds"),
         ("rounds.x=1", "10 has no keys", "correct its spelling"),
@@ -241,3 +242,27 @@ def test_json_is_yaml(value):
 def test_any_text_parses_or_is_refused(text):
     with contextlib.suppress(UsageError):
         json.dumps(parse_yaml(text, "here"))
+
+
+# --- what follows from the codec ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "feedback", "outer"),
+    [
+        ((config.Adaptive(bits=0.1),), 1.0, config.Nesterov(lr=1.0, momentum=0.474)),
+        ((config.Adaptive(bits=1.0),), 1.0, config.Nesterov(lr=1.0, momentum=0.15)),
+        ((config.Adaptive(bits=2.0),), 1.0, config.Nesterov()),
+        ((config.Blockwise(bits=4), config.Zstd()), 1.0, config.Nesterov()),
+        ((config.Blockwise(bits=1),), 0.95, config.OuterSGD(lr=1.0)),
+        ((config.TopK(),), 0.95, config.OuterSGD(lr=1.0)),
+    ],
+)
+def test_feedback_and_outer_rule_follow_from_the_codec_unless_given(steps, feedback, outer):
+    wan = config.Wan(up=config.Codec(steps=steps))
+    assert wan.up.feedback == feedback
+    assert config.Run(name="x", wan=wan).outer == outer
+    plain = config.Codec(steps=steps, feedback=None)
+    chosen = config.Run(name="x", wan=config.Wan(up=plain), outer=config.Nesterov())
+    assert (chosen.wan.up.feedback, chosen.outer) == (None, config.Nesterov())
+    assert config.Run.model_validate_json(chosen.model_dump_json()) == chosen

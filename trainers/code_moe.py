@@ -3,17 +3,17 @@
     nebula run trainers/code_moe.py --clusters clusters/laptop.yaml
 
 Data: the Python standard library of this interpreter, so nothing is downloaded. Each cluster trains on its own
-modules; what it learned crosses the link once a round, quantised to four bits each way.
+modules; what it learned crosses the link once a round, in two bits per parameter each way.
 Change anything from the command line: `--set rounds=4 --set optimizer.lr=1e-3`.
 """
 
 from __future__ import annotations
 
-from nebula.config import AdamW, Blockwise, Codec, Data, Model, Nesterov, Run, Wan, Zstd
+from nebula.config import AdamW, Adaptive, Codec, Data, Model, Nesterov, Run, Wan
 
 
 def recipe() -> Run:
-    four_bits = Codec(steps=(Blockwise(bits=4), Zstd()), feedback=1.0)
+    two_bits = Codec(steps=(Adaptive(bits=2.0),))
     return Run(
         name="code-moe",
         model=Model(
@@ -25,6 +25,6 @@ def recipe() -> Run:
         rounds=12,
         inner_steps=20,
         fragments=2,
-        wan=Wan(up=four_bits, down=four_bits),
+        wan=Wan(up=two_bits, down=two_bits),
         prompt="def ",
     )

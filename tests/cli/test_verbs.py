@@ -43,7 +43,7 @@ def test_validate_as_json(tiny, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["ok"] is True
     assert told["tokens_per_round"] == {"north": 20 * 16 * 16, "south": 20 * 12 * 16}
-    assert told["up_bytes_per_round"] == round(told["params"] * 4.25 / 8)
+    assert told["up_bytes_per_round"] == round(told["params"] * 2 / 8)
     assert told["data_parallel_bytes_per_round"] == told["params"] * 2 * 2 * 20
 
 

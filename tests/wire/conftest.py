@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nebula.config import Membership
+from nebula.config import Blockwise, Codec, Membership, Wan, Zstd
 from nebula.runtime import gateway
 from tests.federated import Federated, clusters, tiny, write_corpus
 
@@ -17,7 +17,9 @@ def federate(tmp_path_factory) -> Federate:
     """Starts the same federation of two in any folder: 4-bit updates, two fragments, two rounds."""
     folder = tmp_path_factory.mktemp("wire")
     membership = Membership(quorum=2, max_stall=60.0)
-    run = tiny(write_corpus(folder / "corpus"), rounds=2, inner_steps=2, membership=membership)
+    four_bits = Codec(steps=(Blockwise(bits=4), Zstd()))
+    wan = Wan(up=four_bits, down=four_bits)
+    run = tiny(write_corpus(folder / "corpus"), rounds=2, inner_steps=2, membership=membership, wan=wan)
     return lambda where: Federated(run, clusters(north=1, south=1), where, folder / "cache")
 
 
