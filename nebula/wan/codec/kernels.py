@@ -13,38 +13,36 @@ _compiled = numba.njit(nogil=True, cache=True, boundscheck=False)
 
 
 @_compiled
-def rans_encode(values, contexts, frequencies, starts, inverse, shift, words):
-    """Backwards, from the end of `words`. Returns where the stream begins."""
-    symbols = frequencies.shape[1]
-    half, escape = symbols // 2 - 1, symbols - 1
+def rans_encode(values, contexts, entries, inverse, shift, words):
+    """Backwards, from the end of `words`. Returns where the stream begins. `entries`: frequency in the upper 32 bits,
+    start in the lower. A state gives up a word without a branch: the word is written and then counted, or not."""
+    symbols = entries.shape[1]
+    half, escape = symbols // 2 - 1, np.uint64(symbols - 1)
     states = np.full(8, 65536, np.uint64)
-    at = len(words)
+    at = np.int64(len(words))
     low_mask = (1 << shift) - 1
     for i in range(len(values) - 1, -1, -1):
-        state = states[i & 7]
-        value = np.int64(values[i])
-        symbol = (value >> shift) + half
-        context = contexts[i]
-        if symbol < 0 or symbol >= escape or frequencies[context, symbol] == 0:
-            raw = np.uint64(value & 0xFFFF)
-            symbol = escape
+        state, value, context = states[i & 7], np.int64(values[i]), contexts[i]
+        symbol = min(np.uint64((value >> shift) + half), escape)  # what is below the first wraps around
+        entry = entries[context, symbol]
+        if symbol == escape or entry >> np.uint64(32) == 0:
+            symbol, entry = escape, entries[context, escape]
             at -= 1
             words[at] = np.uint16(state & np.uint64(0xFFFF))  # 16 raw bits always need a word
-            state = ((state >> np.uint64(16)) << np.uint64(16)) | raw
+            state = ((state >> np.uint64(16)) << np.uint64(16)) | np.uint64(value & 0xFFFF)
         elif shift:
-            if state >= np.uint64(1) << np.uint64(32 - shift):
-                at -= 1
-                words[at] = np.uint16(state & np.uint64(0xFFFF))
-                state >>= np.uint64(16)
-            state = (state << np.uint64(shift)) | np.uint64(value & low_mask)
-        frequency = np.uint64(frequencies[context, symbol])
-        if state >= frequency << np.uint64(20):
-            at -= 1
-            words[at] = np.uint16(state & np.uint64(0xFFFF))
-            state >>= np.uint64(16)
+            words[at - 1] = np.uint16(state & np.uint64(0xFFFF))
+            over = np.uint64(state >= np.uint64(1) << np.uint64(32 - shift))
+            at -= np.int64(over)
+            state = ((state >> (over << np.uint64(4))) << np.uint64(shift)) | np.uint64(value & low_mask)
+        frequency = entry >> np.uint64(32)
+        words[at - 1] = np.uint16(state & np.uint64(0xFFFF))
+        over = np.uint64(state >= frequency << np.uint64(20))
+        at -= np.int64(over)
+        state >>= over << np.uint64(4)
         quotient = np.uint64(np.float64(np.int64(state)) * inverse[context, symbol])
-        rest = state - quotient * frequency
-        states[i & 7] = (quotient << np.uint64(12)) + rest + np.uint64(starts[context, symbol])
+        # quotient · 4096 + (state − quotient · frequency) + start
+        states[i & 7] = state + quotient * (np.uint64(4096) - frequency) + (entry & np.uint64(0xFFFFFFFF))
     for lane in range(7, -1, -1):
         at -= 2
         words[at] = np.uint16(states[lane] & np.uint64(0xFFFF))
@@ -151,15 +149,16 @@ def count(x_N, cells_N, turned_N, offset, counts):
 
 @_compiled
 def quantise(x, inverse, unit, offset, levels, symbols):
-    """Returns whether something is not finite."""
+    """Returns whether something is not finite. Two loops, because the first is one of vectors."""
     bad = False
     for i in range(len(x)):
-        value = x[i]
-        magnitude = abs(value)
+        magnitude = abs(x[i])
         bad |= not (magnitude < np.float32(2.0**127))
-        q = np.int32(min(magnitude * inverse, np.float32(16384)) + offset)
-        decoded = (levels[q] if q < 256 else np.float32(q)) * unit
-        x[i] = value + decoded if value < 0 else value - decoded
+        symbols[i] = np.int16(min(magnitude * inverse, np.float32(16384)) + offset)
+    for i in range(len(x)):
+        value, q = x[i], np.int32(symbols[i])
+        decoded = (levels[q & 255] if q < 256 else np.float32(q)) * unit
+        x[i] = value - np.copysign(decoded, value)
         symbols[i] = np.int16(-q if value < 0 else q)
     return bad
 

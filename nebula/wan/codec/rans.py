@@ -21,8 +21,8 @@ from nebula.wan.codec import kernels
 BITS = 12
 TOTAL = 1 << BITS
 LANES = 8
-WORST = 4
-"""Words that one value takes at most: 12 bits of symbol, 16 of escape, 15 of shift."""
+WORST = 2
+"""Words that one value takes at most: one for its symbol, one for its escape or its low bits."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,13 @@ class Coder:
         frequencies = model.frequencies_CA.astype(np.float64)
         # Slightly above 1/f, so that a truncated product is the exact quotient of any 32-bit state.
         self._inverse = np.divide(1 + 2.0**-50, frequencies, out=np.zeros_like(frequencies), where=frequencies > 0)
-        self._starts = model.starts().astype(np.uint32)
-        self._frequencies = model.frequencies_CA.astype(np.uint32)
+        self._entries = (model.frequencies_CA.astype(np.uint64) << np.uint64(32)) | model.starts().astype(np.uint64)
         self._table: NDArray[np.uint32] | None = None
 
     def encode(self, values: NDArray[np.int16], contexts: NDArray[np.uint8]) -> bytes:
         """One chunk. Every context must be able to escape, or have all the symbols that it meets."""
-        words = np.empty(WORST * len(values) + 2 * LANES, np.uint16)
-        at = kernels.rans_encode(
-            values, contexts, self._frequencies, self._starts, self._inverse, self.model.shift, words
-        )
+        words = np.empty(WORST * len(values) + 2 * LANES + 1, np.uint16)
+        at = kernels.rans_encode(values, contexts, self._entries, self._inverse, self.model.shift, words)
         return words[at:].tobytes()
 
     def decode(self, data: memoryview, contexts: NDArray[np.uint8], values: NDArray[np.int16]) -> None:
