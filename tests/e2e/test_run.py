@@ -42,7 +42,7 @@ def test_a_run_leaves_behind_what_it_should(reference):
     assert reference["eval_loss"] == evaluated[-1]
     for cluster in ("north", "south"):
         wan = reference["clusters"][cluster]["wan"]
-        assert 2 < wan["up_bits_per_param_per_round"] < 4  # two, and what surrounds packets this small
+        assert 2 < wan["up_bits_per_param_per_round"] < 6  # two, and what surrounds packets this small
         assert 0 < wan["goodput_share"] < 1
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from nebula.config import Cluster, Federation, Model, Run, agree
+from nebula.config import Blockwise, Cluster, Codec, Federation, Model, Run, Wan, Zstd, agree
 from nebula.errors import PreflightError, RankFailure
 from nebula.files import System
 from nebula.sim.world.disk import PowerCut, SimDisk
@@ -30,7 +30,7 @@ TINY = Model(
     vocab=16, layers=2, dim=8, heads=1, kv_heads=1, ffn_dim=8, experts=2, top_k=1, dense_layers=1, aux_loss=0.0
 )
 AGREEMENT = agree(
-    Run(name="world", model=TINY),
+    Run(name="world", model=TINY, wan=Wan(up=Codec(steps=(Blockwise(bits=4), Zstd())))),
     Federation(clusters={"north": Cluster(), "south": Cluster()}),
     tokenizer="",
     unigram_entropy=1.0,
