@@ -52,7 +52,7 @@ class Guide:
         kernels.contexts(self.last, start, self.columns, self.rows_R, self.columns_C, self.base, context_of, contexts)
 
     def turn(self, start: int, values: NDArray[np.int16]) -> None:
-        """Change the signs, in place, where the last update was negative: one sign is the likelier then. Undoes itself."""
+        """Change the signs, in place, where the last update was negative: one is the likelier then. Undoes itself."""
         kernels.turn(self.last, start, values)
 
 
