@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import make_agreement
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from nebula.config import Agreement, Cluster, Codec, Link, Wan
@@ -19,7 +20,6 @@ from nebula.recipe import load_recipe
 from nebula.runtime.engine import GroupEngine, Ranks
 from nebula.runtime.local import InProcess
 from nebula.wan.codec import measure
-from runs import make_agreement
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 STEPS = 6

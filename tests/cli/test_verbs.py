@@ -7,9 +7,9 @@ import socket
 from pathlib import Path
 
 import pytest
+from runs import make_run
 
 from nebula.cli.main import main
-from runs import make_run
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = str(ROOT / "clusters/laptop.yaml")
