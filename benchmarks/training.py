@@ -65,7 +65,7 @@ PLAIN = Codec(steps=(), feedback=None)
 
 
 def ours(bits: float, **other: Any) -> Row:
-    chosen = codec(Adaptive(bits=bits), 1.0)
+    chosen = codec(Adaptive(bits=bits), 0.95)
     mild = Nesterov(lr=1.0, momentum=min(0.5, 0.15 / math.sqrt(bits)))
     return Row(**{"name": f"Nebula {bits} b", "codec": chosen, "outer": mild, **other})
 
@@ -100,11 +100,11 @@ RIVALS = [
 ]
 RATES = [ours(bits) for bits in (0.1, 0.2, 0.37, 0.7, 1.0, 1.65, 3.0)]
 BOTH = [
-    ours(bits, name=f"Nebula {bits} b, both ways", down=codec(Adaptive(bits=bits), 1.0)) for bits in (0.37, 1.0, 2.0)
+    ours(bits, name=f"Nebula {bits} b, both ways", down=codec(Adaptive(bits=bits), 0.95)) for bits in (0.37, 1.0, 2.0)
 ]
 ABLATIONS = [
     ours(0.37, name="0.37 b, no feedback", codec=codec(Adaptive(bits=0.37))),
-    ours(0.37, name="0.37 b, feedback 0.95", codec=codec(Adaptive(bits=0.37), 0.95)),
+    ours(0.37, name="0.37 b, feedback 1", codec=codec(Adaptive(bits=0.37), 1.0)),
     ours(0.37, name="0.37 b, no kept share", patched=without_shares),
     ours(0.37, name="0.37 b, averaging", outer=AVERAGE),
     ours(0.37, name="0.37 b, DiLoCo's Nesterov", outer=DILOCO),

@@ -202,13 +202,15 @@ CodecStep = Annotated[Adaptive | Blockwise | Minifloat | TopK | RandomK | LowRan
 
 
 def proposed_feedback(steps: tuple[CodecStep, ...]) -> float:
-    """Decay of the residual for a codec: at two bits and below, codecs of fixed form do better if old residuals fade;
-    the adaptive one does not need it (benchmarks/README.md, "What a codec costs in training")."""
-    return 0.95 if any(isinstance(step, TopK | RandomK | LowRank) or _bits(step) <= 2 for step in steps) else 1.0
+    """Decay of the residual for a codec: where much is left out, training goes better if old residuals fade
+    (benchmarks/README.md, "What a codec costs in training")."""
+    return 0.95 if any(_coarse(step) for step in steps) else 1.0
 
 
-def _bits(step: CodecStep) -> float:
-    return step.bits if isinstance(step, Blockwise) else 32.0
+def _coarse(step: CodecStep) -> bool:
+    if isinstance(step, Adaptive):
+        return step.bits < 2
+    return isinstance(step, TopK | RandomK | LowRank) or (isinstance(step, Blockwise) and step.bits <= 2)
 
 
 class Codec(Config):
@@ -230,11 +232,10 @@ def proposed_outer(wan: Wan) -> Nesterov | OuterSGD:
     """The outer rule for what clusters send. Below two bits, what a round leaves out comes in later rounds, and
     DiLoCo's momentum of 0.9 overshoots: the adaptive codec then goes best with a full step and a momentum that grows as
     the rate falls, other codecs with plain averaging (benchmarks/README.md, "What a codec costs in training")."""
-    for step in wan.up.steps:
-        if isinstance(step, Adaptive) and step.bits < 2:
+    for step in filter(_coarse, wan.up.steps):
+        if isinstance(step, Adaptive):
             return Nesterov(lr=1.0, momentum=round(min(0.5, 0.15 / step.bits**0.5), 3))
-        if isinstance(step, TopK | RandomK | LowRank) or _bits(step) <= 2:
-            return OuterSGD(lr=1.0)
+        return OuterSGD(lr=1.0)
     return Nesterov()
 
 

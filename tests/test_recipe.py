@@ -250,8 +250,8 @@ def test_any_text_parses_or_is_refused(text):
 @pytest.mark.parametrize(
     ("steps", "feedback", "outer"),
     [
-        ((config.Adaptive(bits=0.1),), 1.0, config.Nesterov(lr=1.0, momentum=0.474)),
-        ((config.Adaptive(bits=1.0),), 1.0, config.Nesterov(lr=1.0, momentum=0.15)),
+        ((config.Adaptive(bits=0.1),), 0.95, config.Nesterov(lr=1.0, momentum=0.474)),
+        ((config.Adaptive(bits=1.0),), 0.95, config.Nesterov(lr=1.0, momentum=0.15)),
         ((config.Adaptive(bits=2.0),), 1.0, config.Nesterov()),
         ((config.Blockwise(bits=4), config.Zstd()), 1.0, config.Nesterov()),
         ((config.Blockwise(bits=1),), 0.95, config.OuterSGD(lr=1.0)),
