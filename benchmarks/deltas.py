@@ -27,6 +27,7 @@ from nebula.data.prepare import prepare
 from nebula.federation.aggregate import WeightedMean
 from nebula.federation.merge import fragment_shapes, read_delta
 from nebula.federation.outer import outer_step
+from nebula.parallel.export import box
 from nebula.recipe import load_recipe
 from nebula.runtime.engine import GroupEngine, Ranks
 from nebula.runtime.local import InProcess
@@ -51,12 +52,8 @@ def _sorted_out(tensors: Mapping[str, Tensor]) -> Round:
     found: dict[str, dict[Slice, Tensor]] = {}
     for key, x in tensors.items():
         whose, _, name = key.partition("/")
-        found.setdefault(whose, {})[whole(name, x)] = x
+        found.setdefault(whose, {})[box(name, x)] = x
     return found
-
-
-def whole(name: str, x: Tensor) -> Slice:
-    return Slice(name, (0,) * x.dim(), tuple(x.shape))
 
 
 def record(folder: Path, rounds: int, overrides: list[str]) -> None:
@@ -111,7 +108,7 @@ def one_round(
                 )
             )
         update, momenta[fragment] = outer_step(run.outer, mean.result(), momenta[fragment])
-        pieces = {whole(name, x): x for name, x in update.items()}
+        pieces = {box(name, x): x for name, x in update.items()}
         found[UPDATE] |= pieces
         payload = pack(flatten(pieces, 1))
         digests = {one.push(fragment, "update", payload, merged=True) for one in engines.values()}

@@ -34,10 +34,10 @@ from churn import CLUSTERS, ROUNDS, Life, Trace, load
 from measure import machine, table, write
 from replay import FRAGMENT, Deadline, Replay, Round, fixed, oracle
 
-from nebula.config import Data, Membership, Run
+from nebula.config import Blockwise, Codec, Membership, Wan, Zstd
 from nebula.federation.shell import POWERS
 from nebula.federation.state import Rules
-from nebula.sim.world.scenario import MODEL, Scenario
+from nebula.sim.world.scenario import Scenario, small
 from nebula.sim.world.world import World
 from nebula.types import Json
 
@@ -147,15 +147,16 @@ Lines = Sequence[tuple[float, str, str, Mapping[str, Any]]]
 """A world's trace."""
 
 
+FOUR_BITS = Codec(steps=(Blockwise(), Zstd()))
+"""What the kept figures were measured with."""
+
+
 def world_of(seed: int) -> World:
-    run = Run(
-        name="sim",
-        model=MODEL,
-        data=Data(seq_len=8, eval_windows=8),
+    run = small(
         rounds=WORLD_ROUNDS,
         inner_steps=STEPS,
         fragments=1,
-        batch=2,
+        wan=Wan(up=FOUR_BITS, down=FOUR_BITS),
         membership=Membership(quorum=3),
         evaluate_every=WORLD_ROUNDS,
     )

@@ -35,15 +35,29 @@ from measure import Spread, machine, spread, table, write
 
 from nebula.checkpoint.ledger import Ledger
 from nebula.checkpoint.store import Folder
-from nebula.config import Agreement, Cluster, Federation, Link, Membership, Model, Run, agree
+from nebula.config import (
+    Agreement,
+    Blockwise,
+    Cluster,
+    Codec,
+    Federation,
+    Link,
+    Membership,
+    Model,
+    Run,
+    Wan,
+    Zstd,
+    agree,
+)
 from nebula.federation.hub import Hub
 from nebula.federation.journal import open_journal
 from nebula.federation.merge import fragment_shapes
 from nebula.federation.service import serve
+from nebula.parallel.export import boxes
 from nebula.runtime.gateway import Gateway
 from nebula.security.pki import Identity, throwaway
 from nebula.sim.wan import Relay, running
-from nebula.types import COORDINATOR, ROLE, Beat, Json, PushTicket, Slice
+from nebula.types import COORDINATOR, ROLE, Beat, Json, PushTicket
 from nebula.wan.chunks import CHUNK_BYTES
 from nebula.wan.codec import Encoder
 from nebula.wan.frame import pack
@@ -56,6 +70,7 @@ STAYS, LATE = "stays", "late"
 LINKS = (Link(rate_mbps=100.0, rtt_ms=50.0), Link(rate_mbps=200.0, rtt_ms=50.0))
 MISSED = 4
 """Rounds, at the most."""
+FOUR_BITS = Codec(steps=(Blockwise(), Zstd()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +87,8 @@ class Transfer:
 
 def agreement() -> Agreement:
     membership = Membership(quorum=1, max_stall=120.0)
-    run = Run(name="rejoin", model=MODEL, fragments=1, rounds=MISSED + 1, inner_steps=1, membership=membership)
+    wan = Wan(up=FOUR_BITS, down=FOUR_BITS)
+    run = Run(name="rejoin", model=MODEL, fragments=1, rounds=MISSED + 1, inner_steps=1, membership=membership, wan=wan)
     federation = Federation(clusters=dict.fromkeys((STAYS, LATE), Cluster(device="cpu")))
     return agree(run, federation, tokenizer="", unigram_entropy=1.0)
 
@@ -159,7 +175,7 @@ def go_on(site: Site, rounds: int) -> None:
     encoder, generator = Encoder(agreement().run.wan.up), torch.Generator().manual_seed(0)
     for round in range(rounds):
         delta = {name: 1e-3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        packet = pack(encoder.encode({Slice(n, (0,) * d.dim(), tuple(d.shape)): d for n, d in delta.items()}))
+        packet = pack(encoder.encode(boxes(delta)))
         stays.push(PushTicket(role=ROLE, fragment=FRAGMENT, round=round, base=round, weight=1.0), [packet])
         assert stays.pull("update", FRAGMENT, round + 1)[0].status == "ready"
         encoder.settle(True)

@@ -30,6 +30,7 @@ from torch.nn.functional import cross_entropy, gelu, rms_norm, scaled_dot_produc
 
 from nebula.config import Adaptive, Blockwise, Codec, LowRank, Minifloat, Nesterov, OuterSGD, TopK
 from nebula.federation.outer import outer_step
+from nebula.parallel.export import boxes
 from nebula.types import Slice
 from nebula.wan.codec import Encoder, decode, rate
 from nebula.wan.codec.prior import remember
@@ -186,15 +187,11 @@ class Sender:
     last: dict[Slice, Tensor] | None = field(default=None)
 
     def send(self, tensors: Parameters) -> Parameters:
-        packet = self.encoder.encode(slices(tensors), self.last)
+        packet = self.encoder.encode(boxes(tensors), self.last)
         self.bytes += len(pack(packet))
         known = None if self.last is None else self.last.__getitem__
         self.encoder.settle(True)
         return {w.name: value for w, value in decode(packet, max_elements=10**7, last=known).items()}
-
-
-def slices(tensors: Parameters) -> dict[Slice, Tensor]:
-    return {Slice(name, (0,) * value.dim(), tuple(value.shape)): value for name, value in tensors.items()}
 
 
 def train(row: Row, seed: int, rounds: int, inner: int) -> dict[str, float]:
@@ -220,7 +217,7 @@ def train(row: Row, seed: int, rounds: int, inner: int) -> dict[str, float]:
                 held[name] += applied[name]
                 local[name].copy_(held[name].expand_as(local[name]))
             for sender in up if row.known else ():
-                sender.last = {where: remember(value) for where, value in slices(applied).items()}
+                sender.last = {where: remember(value) for where, value in boxes(applied).items()}
     size = sum(value.numel() for value in held.values()) * rounds / 8
     spent = statistics.fmean(sender.bytes for sender in up) / size
     return {"loss": evaluated(held, held_out), "up": spent, "down": down.bytes / size}

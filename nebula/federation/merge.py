@@ -20,7 +20,7 @@ from nebula.federation.events import Arrived, Committed, Merge
 from nebula.federation.outer import outer_step
 from nebula.models.fragments import fragments
 from nebula.models.init import initial, parameter_shapes
-from nebula.parallel.export import region
+from nebula.parallel.export import box, boxes, region
 from nebula.types import ROLE, Delta, Packet, Slice
 from nebula.wan.codec.layout import flatten
 from nebula.wan.codec.pipeline import Encoder, decode
@@ -57,7 +57,7 @@ def read_delta(
     at = 0
     for size in parts:
         part = memoryview(payload)[at : at + size]
-        decoded = decode(unpack(part, max_bytes=size), max_elements=2 * elements + 65536, last=_boxes(last))
+        decoded = decode(unpack(part, max_bytes=size), max_elements=2 * elements + 65536, last=_lookup(last))
         if twice := slices.keys() & decoded.keys():
             raise PacketError(f"two packets hold the same slice of parameter {min(w.name for w in twice)!r}")
         slices |= decoded
@@ -107,7 +107,7 @@ class Merger:
         blobs = commit.blobs
         encoder = Encoder(self._run.wan.down)
         if "residual" in blobs:
-            encoder.restore(_whole_slices(self._read(blobs["residual"])))
+            encoder.restore(boxes(self._read(blobs["residual"])))
         momentum = self._read(blobs["momentum"]) if "momentum" in blobs else {}
         params = self._read(blobs["params"])
         check_digest(params, commit.digest)
@@ -134,7 +134,7 @@ class Merger:
             mean.add(self._delta(arrival, shapes, state))
         delta = mean.result()
         update, momentum = outer_step(self._run.outer, delta, state.momentum, effect.scale)
-        packet = state.encoder.encode(_whole_slices(update))
+        packet = state.encoder.encode(boxes(update))
         applied = by_name(packet, shapes)
         params = {name: state.params[name] + values for name, values in applied.items()}
         state.encoder.settle(True)
@@ -177,7 +177,7 @@ class Merger:
         )
 
     def _write(self, tensors: Mapping[str, Tensor]) -> str:
-        return self._ledger.put(pack(flatten(_whole_slices(tensors), 1)))
+        return self._ledger.put(pack(flatten(boxes(tensors), 1)))
 
     def _read(self, blob: str) -> dict[str, Tensor]:
         return read_state(self._ledger.get(blob))
@@ -185,7 +185,7 @@ class Merger:
 
 def state_digest(params: Mapping[str, Tensor]) -> str:
     """The fragment's digest, from full parameters."""
-    return fragment_digest([{where.name: lanes(values, where) for where, values in _whole_slices(params).items()}])
+    return fragment_digest([{where.name: lanes(values, where) for where, values in boxes(params).items()}])
 
 
 def check_digest(params: Mapping[str, Tensor], expected: str) -> None:
@@ -206,23 +206,15 @@ def remembered(update: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: remember(values) for name, values in update.items()}
 
 
-def _boxes(last: Mapping[str, Tensor] | None) -> Callable[[Slice], Tensor] | None:
-    """Looks up boxes of the update before. The function raises PacketError for what is not there."""
+def _lookup(last: Mapping[str, Tensor] | None) -> Callable[[Slice], Tensor] | None:
+    """Cuts boxes out of the update before. The function raises PacketError for what is not there."""
     if not last:
         return None
-    whole = _whole_slices(last)
-
-    def box(wanted: Slice) -> Tensor:
-        return region(wanted, [(piece, values) for piece, values in whole.items() if piece.name == wanted.name])
-
-    return box
+    whole = {name: [(box(name, values), values)] for name, values in last.items()}
+    return lambda wanted: region(wanted, whole.get(wanted.name, []))
 
 
 def read_state(data: bytes) -> dict[str, Tensor]:
     """Full parameters by name from a state blob: a packet that no codec has touched."""
     packet = unpack(data, max_bytes=len(data))
     return {where.name: values.clone() for where, values in decode(packet, max_elements=len(data)).items()}
-
-
-def _whole_slices(tensors: Mapping[str, Tensor]) -> dict[Slice, Tensor]:
-    return {Slice(name, (0,) * t.dim(), tuple(t.shape)): t for name, t in tensors.items()}

@@ -35,6 +35,11 @@ def slices(module: nn.Module) -> dict[str, tuple[Slice, Tensor]]:
     return {name: (where, view) for name, (where, view) in every.items() if view.numel()}
 
 
+def boxes(tensors: Mapping[str, Tensor]) -> dict[Slice, Tensor]:
+    """Tensors by the boxes that they are of."""
+    return {box(name, tensor): tensor for name, tensor in tensors.items()}
+
+
 def placed(part: Tensor, reference: Tensor, host: DeviceMesh | None) -> Tensor:
     """A host tensor that shadows this rank's part of `reference`, as a DTensor placed like it: what a checkpoint
     needs to load it under another layout. Shares storage with `part`."""

@@ -79,7 +79,7 @@ class Exchange:
         return kept | self._placed("residual", self._residuals())
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the residuals of a `state()` that has been filled; base was filled in place."""
+        """Take over the residuals of a `state()` that has been filled; all else was filled in place."""
         for fragment, encoder in self._encoders.items() if self._feedback else ():
             encoder.restore(
                 {

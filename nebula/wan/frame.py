@@ -112,10 +112,8 @@ def _arrays(specs: Sequence[ArraySpec], body: memoryview) -> dict[str, Tensor]:
 
 def _tensor(body: memoryview) -> Tensor:
     """[bytes] U8, on memory that torch may write to and that is aligned for every dtype."""
-    if not body:
-        return torch.empty(0, dtype=torch.uint8)
-    if not body.readonly:
+    if body and not body.readonly:
         tensor = torch.frombuffer(body, dtype=torch.uint8)
         if tensor.data_ptr() % 8 == 0:
             return tensor
-    return torch.frombuffer(bytearray(body), dtype=torch.uint8)
+    return wire.from_bytes(body)

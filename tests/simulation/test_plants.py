@@ -153,23 +153,20 @@ def an_update_is_added_to_another_version(patch):
 
 @plant("promised", "once", "repeats", "same", "authentic", "clean", "right", seed=15)
 def the_journal_is_not_synced(patch):
-    opening = SqliteJournal._open
-
-    def careless(self, agreement):
-        term = opening(self, agreement)
-        self._db.execute("PRAGMA synchronous=OFF")
-        return term
-
-    patch.setattr(SqliteJournal, "_open", careless)
+    synchronous(patch, "OFF")
 
 
 @plant("promised", "once", "repeats", "same", "authentic", "clean", "right", seed=12)
 def the_journal_is_synced_at_checkpoints_only(patch):
+    synchronous(patch, "NORMAL")
+
+
+def synchronous(patch, level):
     opening = SqliteJournal._open
 
     def careless(self, agreement):
         term = opening(self, agreement)
-        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.execute(f"PRAGMA synchronous={level}")
         return term
 
     patch.setattr(SqliteJournal, "_open", careless)

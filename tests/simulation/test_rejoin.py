@@ -10,13 +10,13 @@ import pytest
 
 from nebula.checkpoint import ledger as ledger_module
 from nebula.checkpoint.ledger import Ledger
-from nebula.config import Blockwise, Codec, Data, Membership, Run, Wan, Zstd
+from nebula.config import Blockwise, Codec, Membership, Wan, Zstd
 from nebula.federation import pulls
 from nebula.federation.events import Committed
 from nebula.federation.state import State
 from nebula.proto.v1.run_pb2 import PullHead, PullRequest
 from nebula.runtime import gateway as gateway_module
-from nebula.sim.world.scenario import MODEL, NAMES, Fault, Scenario
+from nebula.sim.world.scenario import NAMES, Fault, Scenario, small
 from nebula.sim.world.world import World, judge
 from nebula.types import COORDINATOR
 from nebula.wan.chunks import IN_FLIGHT
@@ -31,14 +31,10 @@ def returning(seed: int, *, hard: bool) -> Scenario:
     and the coordinator is replaced, who has lent nothing; then the weather is bad."""
     rng = Random(f"returning {seed}")
     codec = Codec(steps=(Blockwise(bits=4, block=32), Zstd()))
-    run = Run(
-        name="sim",
-        model=MODEL,
-        data=Data(seq_len=8, eval_windows=8),
+    run = small(
         rounds=16,
         inner_steps=2,
         fragments=1,
-        batch=2,
         wan=Wan(up=codec, down=codec),
         membership=Membership(quorum=1, max_stall=30.0),
     )

@@ -15,9 +15,9 @@ from typing import Protocol
 
 import apsw
 
-from nebula.config import Data, Membership, Run, Wan
+from nebula.config import Membership, Wan
 from nebula.sim.world.disk import PowerCut
-from nebula.sim.world.scenario import CODECS, MODEL, Scenario, draw
+from nebula.sim.world.scenario import CODECS, Scenario, draw, small
 from nebula.sim.world.witness import Violation
 from nebula.sim.world.world import Outcome, World, judge
 from nebula.types import COORDINATOR
@@ -72,14 +72,10 @@ class Crashes:
 
 
 def short(seed: int) -> Scenario:
-    run = Run(
-        name="sim",
-        model=MODEL,
-        data=Data(seq_len=8, eval_windows=8),
+    run = small(
         rounds=2,
         inner_steps=1,
         fragments=2,
-        batch=2,
         wan=Wan(up=CODECS[0], down=CODECS[0]),
         membership=Membership(quorum=2, max_stall=30.0),
         checkpoint_every=1,

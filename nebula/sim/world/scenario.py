@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from nebula.config import Adaptive, Blockwise, Codec, Data, Membership, Model, Nesterov, OuterSGD, Run, Wan, Zstd
 from nebula.types import COORDINATOR
@@ -92,15 +92,11 @@ def _run(rng: Random, clusters: int) -> Run:
     codec = rng.choice(CODECS)
     # Half of the runs need everyone, so that none may go on without a contribution and each has one right result.
     quorum = clusters if rng.random() < 0.5 else rng.randint(1, clusters)
-    return Run(
-        name="sim",
-        model=MODEL,
-        data=Data(seq_len=8, eval_windows=8),
+    return small(
         outer=rng.choice((Nesterov(), OuterSGD())),
         rounds=rng.randint(2, 4),
         inner_steps=rng.randint(1, 3),
         fragments=rng.randint(1, 2),
-        batch=2,
         wan=Wan(up=codec, down=codec),
         membership=Membership(
             quorum=quorum,
@@ -111,6 +107,11 @@ def _run(rng: Random, clusters: int) -> Run:
         evaluate_every=2,
         checkpoint_every=rng.choice((1, 1, 2)),
     )
+
+
+def small(**settings: Any) -> Run:
+    """A run of a model that takes no time. `settings`: of Run."""
+    return Run(name="sim", model=MODEL, data=Data(seq_len=8, eval_windows=8), batch=2, **settings)
 
 
 def _fault(rng: Random, clusters: tuple[str, ...], length: float) -> Fault:

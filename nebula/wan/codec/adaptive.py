@@ -19,12 +19,13 @@ import zstandard
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nebula.errors import PacketError, UsageError
+from nebula.errors import PacketError
 from nebula.types import Json, Packet
-from nebula.wan.codec import kernels, layout, rate, wire
+from nebula.wan.codec import grids, kernels, layout, rate, wire
 from nebula.wan.codec.entropy import inflate
 from nebula.wan.codec.groups import Chunk, Group, Segment, groups
 from nebula.wan.codec.prior import CELLS, Guide, guide
+from nebula.wan.codec.quantize import replaced
 from nebula.wan.codec.rans import LANES, Coder, Model
 from nebula.wan.codec.rate import Sample, Tables
 
@@ -35,12 +36,8 @@ FINER = 16.0
 FINEST = 2.0**-6
 """Steps of fine slices are no smaller, in their own scale."""
 
-LARGEST = 2.0**127
-"""Inputs from here on are refused with infinities and NaN."""
 UNITS = 2.0**-100, 2.0**112
 """Bounds of a slice's step: nothing decoded vanishes or overflows."""
-LADDER = 256
-MAX_LEVELS = 16
 
 ARRAYS = "codes", "lengths", "units", "tables"
 Item = TypeVar("Item")
@@ -60,10 +57,8 @@ class Adaptive:
         self.bits, self.threshold = bits, rate.threshold(bits)
 
     def encode(self, packet: Packet) -> Packet:
-        """Raises PacketError on NaN, infinities and absurd magnitudes, UsageError where there are no fp32 values."""
-        values = packet.arrays.get("values")
-        if values is None or values.dtype is not torch.float32:
-            raise UsageError("codec step 'adaptive' found no fp32 values", hint="put it first")
+        """Leaves in "values" what was lost. Raises PacketError on NaN, infinities and absurd magnitudes."""
+        values = packet.arrays["values"]
         shape, last = layout.read(packet), packet.arrays.get("last")
         guides, both = _guides(shape, last), groups(shape)
         units, tables = _plan(values, shape, both, guides, self.bits, self.threshold)
@@ -71,16 +66,15 @@ class Adaptive:
         for group, table in zip(both, tables, strict=True):
             section = Section(table, units, guides)
             codes += _threaded(section.encoder(values, self.threshold), group.chunks)
-        arrays = {name: array for name, array in packet.arrays.items() if name not in ("values", "last")}
-        arrays |= {
-            "codes": _tensor(b"".join(codes)),
+        arrays = {
+            "codes": wire.from_bytes(b"".join(codes)),
             "lengths": torch.tensor([len(code) for code in codes], dtype=torch.int32),
             "units": torch.from_numpy(units).to(torch.bfloat16),
-            "tables": _tensor(_pack(tables)),
+            "tables": wire.from_bytes(_pack(tables)),
         }
         sizes: list[Json] = [list(table.sizes()) for table in tables]
         entry: dict[str, Json] = {"kind": "adaptive", "last": last is not None, "tables": sizes}
-        return Packet(arrays, (*packet.trail, entry))
+        return replaced(packet, ("values", "last"), arrays, entry)
 
     @staticmethod
     def decode(packet: Packet) -> Packet:
@@ -100,8 +94,7 @@ class Adaptive:
         for group, table, mine in zip(both, tables, streams, strict=True):
             section = Section(table, units, guides)
             _threaded(section.decoder(values), list(zip(group.chunks, mine, strict=True)))
-        arrays = {name: array for name, array in packet.arrays.items() if name not in (*ARRAYS, "last")}
-        return Packet(arrays | {"values": values}, packet.trail[:-1])
+        return replaced(packet, (*ARRAYS, "last"), {"values": values})
 
 
 class Section:
@@ -110,7 +103,7 @@ class Section:
     def __init__(self, tables: Tables, units: Floats, guides: Sequence[Guide]) -> None:
         self._tables, self._units, self._guides = tables, units, guides
         self._coder = Coder(tables.model)
-        self._levels = np.arange(LADDER, dtype=np.float32)
+        self._levels = np.arange(kernels.LADDER, dtype=np.float32)
         self._levels[: len(tables.levels)] = tables.levels
 
     def encoder(self, values: Tensor, threshold: float) -> Callable[[Chunk], bytes]:
@@ -206,8 +199,8 @@ def _sample(
     places = rate.spread(sizes, SAMPLE, LEAST)
     at = np.concatenate([starts[p] + mine for p, mine in zip(group.pieces, places, strict=True)] or [np.zeros(0, int)])
     x_N = values[torch.from_numpy(at).to(values.device)].cpu().numpy()
-    if not (np.abs(x_N) < np.float32(LARGEST)).all():
-        raise _not_finite()
+    if not (np.abs(x_N) < np.float32(grids.LARGEST)).all():
+        raise grids.not_finite()
     cells, turned = np.zeros(len(at), np.uint8), np.zeros(len(at), np.bool_)
     begin = 0
     for piece, mine in zip(group.pieces, places, strict=True):
@@ -222,19 +215,13 @@ def _sample(
     return Sample(x_N, cells, turned, [len(mine) for mine in places], sum(sizes))
 
 
-def _not_finite() -> PacketError:
-    return PacketError("cannot encode values that are not finite", hint="look for a diverging loss on this cluster")
-
-
 def _guides(shape: layout.Layout, last: Tensor | None) -> list[Guide]:
     """One per slice, or none at all. Raises PacketError if `last` is of another size."""
     if last is None:
         return []
     if last.dtype is not torch.bfloat16 or last.shape != (shape.padded,):
         raise PacketError(f"the update before is not {shape.padded} values in bf16")
-    rooms = torch.split(last, shape.rooms) if shape.rooms else ()
-    cut = zip(shape.slices, shape.sizes, rooms, strict=True)
-    return [guide(room[:size].view(piece.shape)) for piece, size, room in cut]
+    return [guide(values) for _, values in layout.views(last, shape)]
 
 
 # --- packing ------------------------------------------------------------------------------------------------------
@@ -254,7 +241,7 @@ def _unpack(packet: Packet) -> list[Tables]:
     if len(rows) != 2:
         raise PacketError(f"the packet has tables for {len(rows)} groups of slices, expected 2")
     named = [dict(zip(("contexts", "symbols", "shift", "levels"), row, strict=True)) for row in rows]
-    bounds = {"contexts": (1, 256), "symbols": (2, 256), "shift": (0, 15), "levels": (1, MAX_LEVELS)}
+    bounds = {"contexts": (1, 256), "symbols": (2, 256), "shift": (0, 15), "levels": (1, rate.MAX_LEVELS)}
     sizes = [[wire.integer(row, key, *bounds[key]) for key in bounds] for row in named]
     total = sum(CELLS + 2 * contexts * symbols + 4 * levels for contexts, symbols, _, levels in sizes)
     raw = inflate(wire.as_bytes(wire.array(packet, "tables", torch.uint8)), total)
@@ -264,7 +251,7 @@ def _unpack(packet: Packet) -> list[Tables]:
         frequencies = np.frombuffer(raw, "<u2", contexts * symbols, at + CELLS).reshape(contexts, symbols)
         ladder = np.frombuffer(raw, "<f4", levels, at + CELLS + 2 * contexts * symbols)
         at += CELLS + 2 * contexts * symbols + 4 * levels
-        if context_of.max() >= contexts or not (np.abs(ladder) <= rate.LARGEST).all():
+        if context_of.max() >= contexts or not (np.abs(ladder) <= kernels.LARGEST).all():
             raise PacketError("the packet's tables name contexts that are not there, or absurd levels")
         tables.append(Tables(context_of, ladder, Model(frequencies.astype(np.uint16), shift)))
     return tables
@@ -279,10 +266,6 @@ def _streams(packet: Packet, counts: Sequence[int]) -> list[list[memoryview]]:
     ends = np.cumsum([0, *lengths]).tolist()
     streams = iter([codes[start:end] for start, end in pairwise(ends)])
     return [[next(streams) for _ in range(count)] for count in counts]
-
-
-def _tensor(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def _cut(chunk: Chunk, array: NDArray[Any]) -> Iterator[tuple[Segment, NDArray[Any]]]:
@@ -308,7 +291,7 @@ def _threaded(act: Callable[[Item], Result], items: Iterable[Item]) -> list[Resu
 def _quantise_here(x: Tensor, unit: np.float32, offset: np.float32, levels: Floats, symbols: NDArray[np.int16]) -> None:
     """Symbols of x, which becomes its error."""
     if kernels.quantise(x.numpy(), np.float32(1) / unit, unit, offset, levels, symbols):
-        raise _not_finite()
+        raise grids.not_finite()
 
 
 def _quantise_there(
@@ -316,10 +299,10 @@ def _quantise_there(
 ) -> None:
     """The same on x's device, bit for bit: every operation is the same single one."""
     magnitudes = x.abs()
-    if not bool((magnitudes < LARGEST).all()):
-        raise _not_finite()
-    q = (magnitudes * float(np.float32(1) / unit)).clamp_(max=rate.LARGEST).add_(float(offset)).int()
+    if not bool((magnitudes < grids.LARGEST).all()):
+        raise grids.not_finite()
+    q = (magnitudes * float(np.float32(1) / unit)).clamp_(max=kernels.LARGEST).add_(float(offset)).int()
     ladder = torch.from_numpy(levels).to(x.device)
-    decoded = torch.where(q < LADDER, ladder[q.clamp(max=LADDER - 1)], q.float()).mul_(float(unit))
+    decoded = torch.where(q < kernels.LADDER, ladder[q.clamp(max=kernels.LADDER - 1)], q.float()).mul_(float(unit))
     symbols[:] = torch.where(x < 0, -q, q).short().cpu().numpy()
     x.sub_(torch.copysign(decoded, x))

@@ -33,7 +33,7 @@ class Zstd:
         arrays: dict[str, Tensor] = {}
         specs: list[Json] = []
         for name, tensor in packet.arrays.items():
-            arrays[name] = _bytes(compressor.compress(wire.as_bytes(_by_significance(tensor))))
+            arrays[name] = wire.from_bytes(compressor.compress(wire.as_bytes(_by_significance(tensor))))
             specs.append([name, wire.NAMES[tensor.dtype], list(tensor.shape)])
         entry: dict[str, Json] = {"kind": "zstd", "arrays": specs}
         return Packet(arrays, (*packet.trail, entry))
@@ -51,7 +51,7 @@ class Zstd:
             if not isinstance(name, str) or name in arrays or budget < 0:
                 raise PacketError("the packet compresses one array twice, or more than its layout can need")
             raw = inflate(wire.as_bytes(wire.array(packet, name, torch.uint8)), size)
-            arrays[name] = _by_element(_bytes(raw), dtype).view(shape)
+            arrays[name] = _by_element(wire.from_bytes(raw), dtype).view(shape)
         if arrays.keys() != packet.arrays.keys():
             raise PacketError("the packet holds arrays that its trail does not name")
         return Packet(arrays, packet.trail[:-1])
@@ -82,11 +82,6 @@ def inflate(data: memoryview, size: int) -> bytes:
     if len(raw) != size:
         raise PacketError(f"a zstd frame holds {len(raw)} bytes where {size} are due")
     return raw
-
-
-def _bytes(data: bytes) -> Tensor:
-    # bytearray: torch wants memory that it may write to.
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def _by_significance(tensor: Tensor) -> Tensor:

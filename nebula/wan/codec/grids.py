@@ -76,8 +76,13 @@ def peaks(blocks_NB: Tensor) -> Tensor:
     """[N] largest magnitudes. Raises PacketError unless all values are finite and below LARGEST."""
     peak_N = torch.maximum(blocks_NB.amax(1), blocks_NB.amin(1).neg_())
     if not (peak_N < LARGEST).all():  # false for NaN
-        raise PacketError("cannot encode values that are not finite", hint="look for a diverging loss on this cluster")
+        raise not_finite()
     return peak_N
+
+
+def not_finite() -> PacketError:
+    """For inputs that are infinite, NaN, or LARGEST and above."""
+    return PacketError("cannot encode values that are not finite", hint="look for a diverging loss on this cluster")
 
 
 def sums(x_NB: Tensor) -> Tensor:

@@ -39,12 +39,11 @@ def groups(layout: Layout) -> tuple[Group, Group]:
     """The coarse slices, and the fine ones: of one dim (norms, biases) or few parameters (routers). If there are no
     others they are not small."""
     fine = [len(s.shape) < 2 or size < SMALL for s, size in zip(layout.slices, layout.sizes, strict=True)]
-    coarse = [number for number, small in enumerate(fine) if not small] or list(range(len(fine)))
+    if all(fine):
+        fine = [False] * len(fine)
     starts = np.cumsum([0, *layout.rooms]).tolist()
-    return (
-        _group(coarse, layout.sizes, starts),
-        _group([number for number in range(len(fine)) if number not in set(coarse)], layout.sizes, starts),
-    )
+    coarse, rest = ([number for number, small in enumerate(fine) if small is which] for which in (False, True))
+    return _group(coarse, layout.sizes, starts), _group(rest, layout.sizes, starts)
 
 
 def _group(pieces: Sequence[int], sizes: Sequence[int], starts: Sequence[int]) -> Group:

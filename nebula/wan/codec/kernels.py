@@ -9,6 +9,11 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+LADDER = 256
+"""Decoded magnitudes are looked up below this, and are q itself from there on."""
+LARGEST = 1 << 14
+"""Magnitudes are quantised to at most this."""
+
 _compiled = numba.njit(nogil=True, cache=True, boundscheck=False)
 
 
@@ -154,10 +159,10 @@ def quantise(x, inverse, unit, offset, levels, symbols):
     for i in range(len(x)):
         magnitude = abs(x[i])
         bad |= not (magnitude < np.float32(2.0**127))
-        symbols[i] = np.int16(min(magnitude * inverse, np.float32(16384)) + offset)
+        symbols[i] = np.int16(min(magnitude * inverse, np.float32(LARGEST)) + offset)
     for i in range(len(x)):
         value, q = x[i], np.int32(symbols[i])
-        decoded = (levels[q & 255] if q < 256 else np.float32(q)) * unit
+        decoded = (levels[q & (LADDER - 1)] if q < LADDER else np.float32(q)) * unit
         x[i] = value - np.copysign(decoded, value)
         symbols[i] = np.int16(-q if value < 0 else q)
     return bad
@@ -168,5 +173,5 @@ def dequantise(symbols, unit, levels, x):
     for i in range(len(symbols)):
         q = np.int32(symbols[i])
         magnitude = abs(q)
-        decoded = (levels[magnitude] if magnitude < 256 else np.float32(magnitude)) * unit
+        decoded = (levels[magnitude] if magnitude < LADDER else np.float32(magnitude)) * unit
         x[i] = -decoded if q < 0 else decoded

@@ -64,7 +64,7 @@ def flatten(tensors: Mapping[Slice, Tensor], align: int) -> Packet:
         )
     device = next(iter(tensors.values())).device if tensors else None
     values = torch.zeros(layout.padded, dtype=torch.float32, device=device)
-    for piece, room in _rooms(values, layout):
+    for piece, room in views(values, layout):
         tensor = tensors[piece]
         assert tensor.dtype is torch.float32, f"{piece} is {tensor.dtype}"
         assert tensor.shape == piece.shape, f"{piece} comes with {tuple(tensor.shape)}"
@@ -99,7 +99,7 @@ def unflatten(packet: Packet) -> dict[Slice, Tensor]:
     values = wire.array(packet, "values", torch.float32)
     if len(packet.trail) != 1 or len(packet.arrays) != 1 or values.numel() != layout.padded:
         raise PacketError(f"the packet does not hold just the {layout.padded} values that its layout needs")
-    return dict(_rooms(values, layout))
+    return dict(views(values, layout))
 
 
 def with_last(packet: Packet, last: Mapping[Slice, Tensor]) -> Packet:
@@ -107,7 +107,7 @@ def with_last(packet: Packet, last: Mapping[Slice, Tensor]) -> Packet:
     if a slice is missing there or has another shape."""
     layout = read(packet)
     laid = torch.zeros(layout.padded, dtype=torch.bfloat16)
-    for piece, room in _rooms(laid, layout):
+    for piece, room in views(laid, layout):
         found = last.get(piece)
         if found is None or found.shape != piece.shape:
             raise PacketError(f"there is no update before this packet for {piece}")
@@ -134,7 +134,7 @@ def clear_padding(packet: Packet) -> None:
         room[size:].zero_()
 
 
-def _rooms(values: Tensor, layout: Layout) -> Iterator[tuple[Slice, Tensor]]:
+def views(values: Tensor, layout: Layout) -> Iterator[tuple[Slice, Tensor]]:
     """Where each slice lies in "values", as views of its shape."""
     rooms = torch.split(values, layout.rooms) if layout.rooms else ()
     for piece, size, room in zip(layout.slices, layout.sizes, rooms, strict=True):

@@ -108,11 +108,11 @@ def decode(packet: Packet, *, max_elements: int, last: Callable[[Slice], Tensor]
     Raises PacketError if it is malformed or holds more than `max_elements` parameters. Memory stays below a small
     multiple of that, whatever the packet says. Plain fp32 may hold NaN; quantised packets cannot.
     """
-    elements = read(packet).elements
-    if elements > max_elements:
-        raise PacketError(f"the packet holds {elements} parameters, at most {max_elements} are expected")
+    layout = read(packet)
+    if layout.elements > max_elements:
+        raise PacketError(f"the packet holds {layout.elements} parameters, at most {max_elements} are expected")
     if last is not None and any(entry.get("last") for entry in packet.trail):
-        packet = with_last(packet, {piece: last(piece) for piece in read(packet).slices})
+        packet = with_last(packet, {piece: last(piece) for piece in layout.slices})
     return unflatten(undo(packet))
 
 

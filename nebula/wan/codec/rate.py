@@ -22,8 +22,6 @@ from nebula.wan.codec import kernels
 from nebula.wan.codec.prior import CELLS
 from nebula.wan.codec.rans import Model, normalise
 
-LARGEST = 1 << 14
-"""Magnitudes are quantised to at most this."""
 MAX_HALF = 100
 """At most so many symbols on either side of zero; beyond, low bits are sent raw, and what is rare is escaped."""
 RARE = 20000

@@ -81,6 +81,11 @@ def array(packet: Packet, name: str, dtype: torch.dtype) -> Tensor:
     return found
 
 
+def from_bytes(data: bytes | memoryview) -> Tensor:
+    """[bytes] U8: a copy, for torch wants memory that it may write to."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
 def as_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor, copied only if it is on a device or not contiguous."""
     if not tensor.numel():  # may have strides that bytes cannot have
