@@ -40,10 +40,11 @@ class Exchange:
     @torch.no_grad()
     def encode(self, fragment: str) -> bytes:
         """This rank's slices of base − local, encoded where the parameters lie. The same bytes until settled."""
-        delta = {where: self._base[where.name].to(view.device) - view for where, view in self._slices(fragment)}
-        last = {where: self._last[where.name] for where in delta}
+        here = dict(self._slices(fragment))
+        base = {where: self._base[where.name] for where in here}
+        last = {where: self._last[where.name] for where in here}
         known = not any(bool(values.isnan().any()) for values in last.values())
-        return pack(self._encoders[fragment].encode(delta, last if known else None))
+        return pack(self._encoders[fragment].encode(base, last if known else None, minus=here))
 
     @torch.no_grad()
     def apply(self, fragment: str, payload: bytes, *, merged: bool) -> dict[str, Lanes]:

@@ -21,7 +21,7 @@ from nebula.models.init import parameter_shapes
 from nebula.parallel.export import by_name, region
 from nebula.train.worker import Worker
 from nebula.types import Slice, Steps
-from nebula.wan.codec.pipeline import Encoder, Pipeline, decode
+from nebula.wan.codec.pipeline import Encoder, decode
 from nebula.wan.digest import fragment_digest, lanes
 from nebula.wan.frame import pack, unpack
 
@@ -229,7 +229,7 @@ def test_adopting_a_state_replaces_base_and_parameters(cluster: Any) -> None:
         names = list(of.started[0].lanes["f0"])
     shapes = parameter_shapes(MODEL)
     state = {Slice(name, (0,) * len(shapes[name]), shapes[name]): torch.randn(shapes[name]) for name in names}
-    payload = pack(Pipeline(config.Codec(steps=(), feedback=None)).encode(state))
+    payload = pack(Encoder(config.Codec(steps=(), feedback=None)).encode(state))
     expected = fragment_digest([{where.name: lanes(value, where) for where, value in state.items()}])
     losses = []
     for world in (1, 2):
@@ -247,7 +247,7 @@ def test_a_payload_that_does_not_fit_changes_nothing(cluster: Any) -> None:
     with cluster(2) as of:
         before = of.state()
         sent = whole(of.all("encode", "f0"))
-        plain = Pipeline(config.Codec(steps=(), feedback=None))
+        plain = Encoder(config.Codec(steps=(), feedback=None))
         first = next(iter(sent))
         for broken in (
             {where: delta for where, delta in sent.items() if where != first},

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from nebula import config
 from nebula.errors import PacketError
 from nebula.types import Packet, Slice
-from nebula.wan.codec import Encoder, Pipeline, adaptive, decode
-from nebula.wan.codec.adaptive import Adaptive
+from nebula.wan.codec import Encoder, Pipeline, adaptive, decode, rans
+from nebula.wan.codec.adaptive import SAMPLE, Adaptive
 from nebula.wan.codec.groups import CHUNK, groups
 from nebula.wan.codec.layout import flatten, read, unflatten, with_last
 from nebula.wan.codec.prior import CELLS, guide, remember
 from nebula.wan.codec.rans import TOTAL, Coder, Model, normalise
 from nebula.wan.frame import pack, unpack
+from tests.attacks.memory import flat
 
 MATRIX = Slice("w", (0, 0), (512, 512))
 NORM = Slice("norm", (0,), (512,))
@@ -33,7 +34,7 @@ def tensors(seed: int = 0, heavy: float = 0.0) -> dict[Slice, torch.Tensor]:
 
 
 def coded(x: dict[Slice, torch.Tensor], bits: float, last: dict[Slice, torch.Tensor] | None = None) -> Packet:
-    return Pipeline(codec(bits)).encode(x, last)
+    return Encoder(codec(bits)).encode(x, last)
 
 
 def codec(bits: float, feedback: float | None = None) -> config.Codec:
@@ -83,6 +84,28 @@ def test_norms_are_kept_finer():
     assert lost[NORM] < lost[MATRIX] / 50
 
 
+@pytest.mark.parametrize("bits", [0.1, 0.25, 0.4, 0.7, 1.0])
+@pytest.mark.parametrize("scale", [1.0, 0.3, 1e-4])
+def test_values_of_one_magnitude_are_all_sent(bits, scale):
+    """A first step of Adam's is a sign times its rate: no share of that can be the largest, and none must starve."""
+    x = {where: scale * values.sign() for where, values in tensors().items()}
+    decoded = decode(coded(x, bits), max_elements=10**7)
+    assert all(bool(decoded[where].ne(0).all()) for where in x)
+
+
+def test_encoding_takes_no_memory_but_the_error_the_packet_and_a_chunk():
+    """The first round makes the residual; the second one needs room for the next residual, the third one has it."""
+    x = {Slice("w", (0, 0), (4096, 4096)): torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))}
+    last = {where: remember(values.roll(1)) for where, values in x.items()}
+    encoder = Encoder(codec(1.0, feedback=0.95))
+    for _ in range(2):
+        encoder.encode(x, last)
+        encoder.settle(True)
+    chunk = 8 * CHUNK
+    with flat(chunk * torch.get_num_threads() + 12 * SAMPLE + (8 << 20)):
+        encoder.encode(x, last)
+
+
 def test_error_feedback_carries_on_exactly_what_was_lost():
     x = tensors()
     encoder = Encoder(codec(1.0, feedback=1.0))
@@ -120,7 +143,7 @@ def test_any_slices_come_back_within_their_error(shapes, bits, exponent, known, 
     last = {where: remember(draw(where.shape)) for where in x} if known else None
     flat = flatten(x, 1)
     before = flat.arrays["values"].clone()
-    packet = Pipeline(codec(bits)).apply(flat, last)
+    packet = Pipeline(codec(bits)).encode(flat, last)
     back = unpack(pack(packet), max_bytes=10**7)
     decoded = decode(back, max_elements=10**6, last=None if last is None else last.__getitem__)
     lost = unflatten(Packet({"values": flat.arrays["values"]}, flat.trail))
@@ -268,6 +291,18 @@ def test_whatever_is_coded_comes_back(half, contexts, shift, count, spread, seed
     coder, back = Coder(Model(frequencies, shift)), np.empty(count, np.int16)
     coder.decode(memoryview(coder.encode(values, where)), where, back)
     assert (back == values).all()
+
+
+def test_every_frequency_divides_exactly():
+    """At the states where a reciprocal errs first: a multiple, and one below the next, up to the largest."""
+    for f in range(1, TOTAL):
+        model = Model(np.array([[f, TOTAL - f]], np.uint16), 0)
+        _, reciprocal, rest = (int(value) for value in rans.encoding_table(model)[0, 0])
+        for quotient in (0, 1, 2**19, 2**20 - 1):
+            for state in (quotient * f, quotient * f + f - 1):
+                product = (state + (rest >> 6 & 1)) * reciprocal
+                assert product < 2**64
+                assert product >> (rest & 63) == quotient
 
 
 def test_it_comes_within_two_percent_of_the_entropy():

@@ -127,7 +127,7 @@ def test_zero_blocks_decode_to_zero_from_a_normal_scale():
     tensors = {Slice("w", (0,), (128,)): torch.zeros(128)}
     assert Blockwise("int4", 64).encode(flatten(tensors, 64)).arrays["scales"].tolist() == [SMALLEST_SCALE] * 2
     assert torch.equal(
-        decode(Pipeline(INT4).encode(tensors), max_elements=128)[Slice("w", (0,), (128,))], torch.zeros(128)
+        decode(Encoder(INT4).encode(tensors), max_elements=128)[Slice("w", (0,), (128,))], torch.zeros(128)
     )
 
 
@@ -149,14 +149,14 @@ def test_a_nan_with_a_full_mantissa_is_refused_too():
 
 def test_decoding_does_not_depend_on_threads_or_on_chunk_size(monkeypatch):
     tensors = tensors_of([(300, 1000)])
-    packet = Pipeline(INT4).encode(tensors)
+    packet = Encoder(INT4).encode(tensors)
     threads = torch.get_num_threads()
     try:
         results = []
         for count, chunk in ((1, 1 << 16), (2, 1 << 16), (4, 1 << 20)):
             torch.set_num_threads(count)
             monkeypatch.setattr("nebula.wan.codec.quantize.CHUNK", {"cpu": chunk})
-            assert same(Pipeline(INT4).encode(tensors), packet)
+            assert same(Encoder(INT4).encode(tensors), packet)
             results.append(next(iter(decode(packet, max_elements=300_000).values())))
     finally:
         torch.set_num_threads(threads)
@@ -171,7 +171,7 @@ def test_decoding_does_not_depend_on_threads_or_on_chunk_size(monkeypatch):
 def test_every_codec_returns_every_slice(shapes, codec):
     tensors = tensors_of(shapes)
     cfg = CODECS[codec]
-    back = decode(Pipeline(cfg).encode(tensors), max_elements=sum(x.numel() for x in tensors.values()))
+    back = decode(Encoder(cfg).encode(tensors), max_elements=sum(x.numel() for x in tensors.values()))
     assert back.keys() == tensors.keys()
     lossy = any(step.kind == "blockwise" for step in cfg.steps)
     for where, tensor in tensors.items():
@@ -183,13 +183,13 @@ def test_every_codec_returns_every_slice(shapes, codec):
 def test_lossless_codecs_keep_every_bit(codec):
     x = torch.randint(-(2**31), 2**31 - 1, (1000,), generator=torch.Generator().manual_seed(1)).to(torch.int32)
     where = Slice("w", (0,), (1000,))
-    back = decode(Pipeline(CODECS[codec]).encode({where: x.view(torch.float32)}), max_elements=1000)
+    back = decode(Encoder(CODECS[codec]).encode({where: x.view(torch.float32)}), max_elements=1000)
     assert torch.equal(back[where].view(torch.int32), x)
 
 
 def test_plain_fp32_does_not_alias_its_input():
     tensors = tensors_of([(8,)])
-    packet = Pipeline(CODECS["fp32"]).encode(tensors)
+    packet = Encoder(CODECS["fp32"]).encode(tensors)
     next(iter(tensors.values())).zero_()
     assert values_of(packet).abs().sum() > 0
 
@@ -197,15 +197,15 @@ def test_plain_fp32_does_not_alias_its_input():
 def test_sizes_in_bits_per_parameter():
     tensors = tensors_of([(512, 512)])
     bare = config.Codec(steps=(config.Blockwise(bits=4, block=64),))
-    arrays = Pipeline(bare).encode(tensors).arrays
+    arrays = Encoder(bare).encode(tensors).arrays
     assert sum(x.nbytes for x in arrays.values()) * 8 / 512**2 == 4.25
-    assert len(pack(Pipeline(INT4).encode(tensors))) * 8 / 512**2 < 3.8
-    assert len(pack(Pipeline(INT8).encode(tensors))) * 8 / 512**2 < 7.7
+    assert len(pack(Encoder(INT4).encode(tensors))) * 8 / 512**2 < 3.8
+    assert len(pack(Encoder(INT8).encode(tensors))) * 8 / 512**2 < 7.7
 
 
 def test_no_quantisation_block_mixes_two_tensors():
     tensors = {Slice("a", (0,), (3,)): torch.full((3,), 1e6), Slice("b", (0,), (3,)): torch.tensor([1e-6, 2e-6, 7e-6])}
-    back = decode(Pipeline(INT4).encode(tensors), max_elements=6)
+    back = decode(Encoder(INT4).encode(tensors), max_elements=6)
     torch.testing.assert_close(back[Slice("b", (0,), (3,))], torch.tensor([1e-6, 2e-6, 7e-6]), rtol=0, atol=5.1e-7)
 
 
@@ -235,7 +235,7 @@ def test_a_step_passes_arrays_that_are_not_its_own():
 
 def test_the_bound_on_elements_counts_parameters_not_padding():
     tensors = tensors_of([(5,), (7,)])
-    packet = Pipeline(INT4).encode(tensors)
+    packet = Encoder(INT4).encode(tensors)
     assert len(decode(packet, max_elements=12)) == 2
     with pytest.raises(PacketError, match="holds 12 parameters, at most 11"):
         decode(packet, max_elements=11)
@@ -314,6 +314,29 @@ def test_encode_leaves_its_input_alone():
     assert all(torch.equal(tensors[where], x) for where, x in before.items())
 
 
+def test_a_difference_is_coded_as_if_it_had_been_computed_before():
+    base, local = tensors_of([(30, 30), (5,)], seed=1), tensors_of([(30, 30), (5,)], seed=2)
+    local = {where: x.to(torch.bfloat16) for where, x in local.items()}
+    delta = {where: base[where] - local[where] for where in base}
+    assert same(Encoder(INT4).encode(base, minus=local), Encoder(INT4).encode(delta))
+
+
+def test_an_encoder_that_uses_its_memory_again_has_no_memory_of_it():
+    """Packets and residuals of before stay what they were, and a packet that was given up leaves nothing behind."""
+    encoder, kept = Encoder(INT4), []
+    for seed in range(4):
+        tensors = tensors_of([(30, 30), (5,)], seed=seed)
+        encoder.encode(tensors_of([(30, 30), (5,)], seed=99))
+        encoder.settle(False)
+        packet = encoder.encode(tensors)
+        twin = Encoder(INT4)
+        twin.restore({where: x.clone() for where, x in encoder.residual().items()})
+        assert same(packet, twin.encode(tensors))
+        kept.append((packet, pack(packet)))
+        encoder.settle(True)
+    assert all(pack(packet) == sent for packet, sent in kept)
+
+
 def test_a_restored_encoder_continues_bit_for_bit():
     encoder, twin = Encoder(INT4), Encoder(INT4)
     encoder.encode(tensors_of([(30, 30), (4,)], seed=1))
@@ -338,7 +361,7 @@ def test_a_residual_of_another_layout_is_refused():
 def test_no_residual_is_held_where_it_would_do_nothing(codec):
     encoder = Encoder(codec)
     tensors = tensors_of([(30, 30)])
-    assert same(encoder.encode(tensors), Pipeline(codec).encode(tensors))
+    assert same(encoder.encode(tensors), Encoder(codec).encode(tensors))
     encoder.settle(True)
     encoder.restore(tensors)
     assert encoder.residual() == {}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nebula import config
 from nebula.errors import PacketError
 from nebula.types import Packet, Slice
-from nebula.wan.codec import Pipeline, decode
+from nebula.wan.codec import Encoder, decode
 from nebula.wan.codec.layout import flatten
 from nebula.wan.codec.lowrank import LowRank
 
@@ -74,7 +74,7 @@ def test_what_is_sent(shape, rank, factors):
 def test_vectors_arrive_exactly_among_matrices():
     tensors = {Slice("a", (0,), (5,)): randn(5), Slice("b", (0, 0), (20, 20)): randn(20, 20)}
     tensors |= {Slice("c", (0,), (7,)): randn(7, seed=1), Slice("d", (0,), (0,)): randn(0)}
-    back = decode(Pipeline(config.Codec(steps=(config.LowRank(rank=2),))).encode(tensors), max_elements=412)
+    back = decode(Encoder(config.Codec(steps=(config.LowRank(rank=2),))).encode(tensors), max_elements=412)
     for where, x in tensors.items():
         assert torch.equal(back[where], x) == (where.name != "b")
 

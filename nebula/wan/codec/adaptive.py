@@ -47,8 +47,8 @@ Floats = NDArray[np.float32]
 
 class Adaptive:
     """Array "values" becomes "codes" (U8: a stream per chunk), "lengths" (I32, bytes of each), "units" (BF16: a step
-    per slice) and "tables" (U8: the rest, compressed). "last" (BF16, laid out as "values"), if it is there, is what
-    the receiver has too, and is not sent."""
+    per slice) and "tables" (U8: the rest, compressed). The last update, if it is there, is what the receiver has, too:
+    it is not sent."""
 
     lossless: ClassVar[bool] = False
     align: ClassVar[int] = 1
@@ -59,8 +59,8 @@ class Adaptive:
     def encode(self, packet: Packet) -> Packet:
         """Leaves in "values" what was lost. Raises PacketError on NaN, infinities and absurd magnitudes."""
         values = packet.arrays["values"]
-        shape, last = layout.read(packet), packet.arrays.get("last")
-        guides, both = _guides(shape, last), groups(shape)
+        shape, last = layout.read(packet), layout.last_of(packet)
+        guides, both = [guide(update) for update in last or ()], groups(shape)
         units, tables = _plan(values, shape, both, guides, self.bits, self.threshold)
         codes: list[bytes] = []
         for group, table in zip(both, tables, strict=True):
@@ -74,27 +74,27 @@ class Adaptive:
         }
         sizes: list[Json] = [list(table.sizes()) for table in tables]
         entry: dict[str, Json] = {"kind": "adaptive", "last": last is not None, "tables": sizes}
-        return replaced(packet, ("values", "last"), arrays, entry)
+        return layout.without_last(replaced(packet, ("values",), arrays, entry))
 
     @staticmethod
     def decode(packet: Packet) -> Packet:
         """One fp32 multiplication per value, so the result is the same on any device; done on the CPU. Raises
-        PacketError, too if the packet was coded with a last update and "last" is missing."""
+        PacketError, too if the packet was coded with a last update and that is missing."""
         shape, entry = layout.read(packet), packet.trail[-1]
         both, tables = groups(shape), _unpack(packet)
         units = wire.array(packet, "units", torch.bfloat16).float().numpy()
         if len(units) != len(shape.slices) or not (np.abs(units) <= UNITS[1]).all():
             raise PacketError("the packet's steps are not one per slice, or absurd")
-        last = packet.arrays.get("last") if entry.get("last") else None
-        if entry.get("last") and last is None:
+        last = layout.last_of(packet) if entry.get("last") else []
+        if last is None:
             raise PacketError("the packet can be read only with the update before it, which is not here")
-        guides = _guides(shape, last)
+        guides = [guide(update) for update in last]
         streams = _streams(packet, [len(group.chunks) for group in both])
         values = torch.zeros(shape.padded, dtype=torch.float32)
         for group, table, mine in zip(both, tables, streams, strict=True):
             section = Section(table, units, guides)
             _threaded(section.decoder(values), list(zip(group.chunks, mine, strict=True)))
-        return replaced(packet, (*ARRAYS, "last"), {"values": values})
+        return layout.without_last(replaced(packet, ARRAYS, {"values": values}))
 
 
 class Section:
@@ -213,15 +213,6 @@ def _sample(
             cells[here], turned[here] = guides[piece].cells(mine)
         begin = here.stop
     return Sample(x_N, cells, turned, [len(mine) for mine in places], sum(sizes))
-
-
-def _guides(shape: layout.Layout, last: Tensor | None) -> list[Guide]:
-    """One per slice, or none at all. Raises PacketError if `last` is of another size."""
-    if last is None:
-        return []
-    if last.dtype is not torch.bfloat16 or last.shape != (shape.padded,):
-        raise PacketError(f"the update before is not {shape.padded} values in bf16")
-    return [guide(values) for _, values in layout.views(last, shape)]
 
 
 # --- packing ------------------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ _compiled = numba.njit(nogil=True, cache=True, boundscheck=False)
 
 
 @_compiled
-def rans_encode(values, contexts, entries, inverse, shift, words):
-    """Backwards, from the end of `words`. Returns where the stream begins. `entries`: frequency in the upper 32 bits,
-    start in the lower. A state gives up a word without a branch: the word is written and then counted, or not."""
-    symbols = entries.shape[1]
+def rans_encode(values, contexts, table, shift, words):
+    """Backwards, from the end of `words`. Returns where the stream begins. `table`: see rans.py. A state gives up a
+    word without a branch: the word is written and then counted, or not."""
+    symbols = table.shape[1]
     half, escape = symbols // 2 - 1, np.uint64(symbols - 1)
     states = np.full(8, 65536, np.uint64)
     at = np.int64(len(words))
@@ -29,9 +29,9 @@ def rans_encode(values, contexts, entries, inverse, shift, words):
     for i in range(len(values) - 1, -1, -1):
         state, value, context = states[i & 7], np.int64(values[i]), contexts[i]
         symbol = min(np.uint64((value >> shift) + half), escape)  # what is below the first wraps around
-        entry = entries[context, symbol]
-        if symbol == escape or entry >> np.uint64(32) == 0:
-            symbol, entry = escape, entries[context, escape]
+        limit = table[context, symbol, 0]
+        if symbol == escape or limit == 0:
+            symbol, limit = escape, table[context, escape, 0]
             at -= 1
             words[at] = np.uint16(state & np.uint64(0xFFFF))  # 16 raw bits always need a word
             state = ((state >> np.uint64(16)) << np.uint64(16)) | np.uint64(value & 0xFFFF)
@@ -40,14 +40,15 @@ def rans_encode(values, contexts, entries, inverse, shift, words):
             over = np.uint64(state >= np.uint64(1) << np.uint64(32 - shift))
             at -= np.int64(over)
             state = ((state >> (over << np.uint64(4))) << np.uint64(shift)) | np.uint64(value & low_mask)
-        frequency = entry >> np.uint64(32)
         words[at - 1] = np.uint16(state & np.uint64(0xFFFF))
-        over = np.uint64(state >= frequency << np.uint64(20))
+        over = np.uint64(state >= limit)
         at -= np.int64(over)
         state >>= over << np.uint64(4)
-        quotient = np.uint64(np.float64(np.int64(state)) * inverse[context, symbol])
+        rest = table[context, symbol, 2]
+        dividend = state + ((rest >> np.uint64(6)) & np.uint64(1))
+        quotient = (dividend * table[context, symbol, 1]) >> (rest & np.uint64(63))
         # quotient · 4096 + (state − quotient · frequency) + start
-        states[i & 7] = state + quotient * (np.uint64(4096) - frequency) + (entry & np.uint64(0xFFFFFFFF))
+        states[i & 7] = state + quotient * ((rest >> np.uint64(8)) & np.uint64(0xFFFF)) + (rest >> np.uint64(32))
     for lane in range(7, -1, -1):
         at -= 2
         words[at] = np.uint16(states[lane] & np.uint64(0xFFFF))
@@ -97,6 +98,15 @@ def rans_decode(words, contexts, table, shift, symbols, values):
         if states[lane] != np.uint32(65536):
             return 1
     return 0 if at == end else 1
+
+
+@_compiled
+def peak(bits):
+    """The largest magnitude, as the bits of bf16."""
+    largest = np.int16(0)
+    for i in range(len(bits)):
+        largest = max(largest, bits[i] & np.int16(0x7FFF))
+    return largest
 
 
 @_compiled

@@ -19,6 +19,7 @@ from nebula.types import Json, Packet, Slice
 from nebula.wan.codec import wire
 
 MAX_ALIGN = 65536
+LAST = "last."
 
 
 def capacity(elements: int) -> int:
@@ -51,8 +52,15 @@ class Layout:
         return sum(self.rooms)
 
 
-def flatten(tensors: Mapping[Slice, Tensor], align: int) -> Packet:
-    """fp32 tensors as one array "values", sorted by slice so that equal input gives equal packets, on their device.
+def flatten(
+    tensors: Mapping[Slice, Tensor],
+    align: int,
+    minus: Mapping[Slice, Tensor] | None = None,
+    into: Tensor | None = None,
+) -> Packet:
+    """fp32 tensors, or what they differ by from `minus` (of any dtype), as one array "values", sorted by slice so that
+    equal input gives equal packets; on the device of `minus`, or theirs. `into`: an array to use if it fits: one that
+    the system has already given is faster to fill by half than a new one.
 
     Raises UsageError if `align` is so large that the packet would be mostly padding.
     """
@@ -62,15 +70,27 @@ def flatten(tensors: Mapping[Slice, Tensor], align: int) -> Packet:
             f"codec blocks of {align} would pad {layout.elements} parameters to {layout.padded}",
             hint="choose a smaller block",
         )
-    device = next(iter(tensors.values())).device if tensors else None
-    values = torch.zeros(layout.padded, dtype=torch.float32, device=device)
-    for piece, room in views(values, layout):
+    device = next(iter((minus or tensors).values())).device if tensors else torch.device("cpu")
+    if into is None or into.shape != (layout.padded,) or into.device != device:
+        into = torch.empty(layout.padded, dtype=torch.float32, device=device)
+    for piece, room in views(into, layout):
         tensor = tensors[piece]
         assert tensor.dtype is torch.float32, f"{piece} is {tensor.dtype}"
         assert tensor.shape == piece.shape, f"{piece} comes with {tuple(tensor.shape)}"
-        room.copy_(tensor)
+        if minus is None:
+            room.copy_(tensor)
+        elif tensor.device == device:
+            torch.sub(tensor, minus[piece], out=room)
+        else:
+            room.copy_(tensor).sub_(minus[piece])
+    packet = Packet({"values": into}, (_entry(layout),))
+    clear_padding(packet)
+    return packet
+
+
+def _entry(layout: Layout) -> dict[str, Json]:
     slices: list[Json] = [[piece.name, list(piece.offset), list(piece.shape)] for piece in layout.slices]
-    return Packet({"values": values}, ({"kind": "layout", "align": align, "slices": slices},))
+    return {"kind": "layout", "align": layout.align, "slices": slices}
 
 
 def read(packet: Packet) -> Layout:
@@ -103,16 +123,28 @@ def unflatten(packet: Packet) -> dict[Slice, Tensor]:
 
 
 def with_last(packet: Packet, last: Mapping[Slice, Tensor]) -> Packet:
-    """A packet with the update before it as array "last", laid out as its values are, on the host. Raises PacketError
-    if a slice is missing there or has another shape."""
-    layout = read(packet)
-    laid = torch.zeros(layout.padded, dtype=torch.bfloat16)
-    for piece, room in views(laid, layout):
-        found = last.get(piece)
-        if found is None or found.shape != piece.shape:
-            raise PacketError(f"there is no update before this packet for {piece}")
-        room.copy_(found)
-    return Packet({**packet.arrays, "last": laid}, packet.trail)
+    """A packet with the update before it as arrays "last.0", "last.1" ..., one per slice; nothing is copied. Raises
+    PacketError if a slice is missing there."""
+    slices = read(packet).slices
+    if missing := [piece for piece in slices if piece not in last]:
+        raise PacketError(f"there is no update before this packet for {missing[0]}")
+    return Packet({**packet.arrays, **{f"{LAST}{n}": last[piece] for n, piece in enumerate(slices)}}, packet.trail)
+
+
+def last_of(packet: Packet) -> list[Tensor] | None:
+    """What `with_last` put in, per slice; None without. Raises PacketError if it is not bf16 of the slices' shapes."""
+    slices = read(packet).slices
+    found = [packet.arrays.get(f"{LAST}{n}") for n in range(len(slices))]
+    last = [values for values in found if values is not None]
+    if not last:
+        return None
+    if [(v.dtype, v.shape) for v in last] != [(torch.bfloat16, piece.shape) for piece in slices]:
+        raise PacketError("the update before this packet is of other shapes, or not bf16")
+    return last
+
+
+def without_last(packet: Packet) -> Packet:
+    return Packet({n: a for n, a in packet.arrays.items() if not n.startswith(LAST)}, packet.trail)
 
 
 def filled(packet: Packet) -> Tensor:

@@ -22,7 +22,7 @@ from nebula import config
 from nebula.security.seal import SealedChannel
 from nebula.types import COORDINATOR, Slice
 from nebula.wan.codec.layout import read
-from nebula.wan.codec.pipeline import Pipeline, decode
+from nebula.wan.codec.pipeline import Encoder, decode
 from nebula.wan.frame import pack, unpack
 
 Tensors = Mapping[Slice, Tensor]
@@ -66,13 +66,13 @@ class Coder(Protocol):
 
 
 class Wire:
-    """A codec of Nebula's, up to the bytes that are sealed; what it would leave for error feedback is thrown away."""
+    """A codec of Nebula's, up to the bytes that are sealed, without error feedback."""
 
     def __init__(self, cfg: config.Codec) -> None:
-        self._pipeline = Pipeline(cfg)
+        self._encoder = Encoder(cfg.model_copy(update={"feedback": None}))
 
     def encode(self, tensors: Tensors) -> bytes:
-        return pack(self._pipeline.encode(tensors))
+        return pack(self._encoder.encode(tensors))
 
     def decode(self, sent: bytes) -> Tensors:
         packet = unpack(sent, max_bytes=len(sent))

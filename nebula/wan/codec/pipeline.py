@@ -18,7 +18,7 @@ from nebula.errors import PacketError, UsageError
 from nebula.types import Codec, Packet, Slice
 from nebula.wan.codec.adaptive import Adaptive
 from nebula.wan.codec.entropy import Zstd
-from nebula.wan.codec.layout import clear_padding, flatten, read, unflatten, with_last
+from nebula.wan.codec.layout import clear_padding, flatten, read, unflatten, with_last, without_last
 from nebula.wan.codec.lowrank import LowRank
 from nebula.wan.codec.quantize import BFloat16, Blockwise
 from nebula.wan.codec.sparsify import RandomK, TopK
@@ -77,12 +77,9 @@ class Pipeline:
         self.lossless = all(step.lossless for step in self._steps)
         self._conditional = any(isinstance(step, Adaptive) for step in self._steps)
 
-    def encode(self, tensors: Mapping[Slice, Tensor], last: Mapping[Slice, Tensor] | None = None) -> Packet:
-        """The tensors stay as they are. Raises PacketError where they are not finite and a step cannot have that."""
-        return self.apply(flatten(tensors, self.align), last)
-
-    def apply(self, flat: Packet, last: Mapping[Slice, Tensor] | None = None) -> Packet:
-        """Encode what `flatten` made, in place: its "values" end up as what was lost, unless nothing is."""
+    def encode(self, flat: Packet, last: Mapping[Slice, Tensor] | None = None) -> Packet:
+        """Encode what `flatten` made, in place: its "values" end up as what was lost, unless nothing is. Raises
+        PacketError where they are not finite and a step cannot have that."""
         packet = with_last(flat, last) if last is not None and self._conditional else flat
         for step in self._steps:
             packet = step.encode(packet)
@@ -111,6 +108,8 @@ def decode(packet: Packet, *, max_elements: int, last: Callable[[Slice], Tensor]
     layout = read(packet)
     if layout.elements > max_elements:
         raise PacketError(f"the packet holds {layout.elements} parameters, at most {max_elements} are expected")
+    if without_last(packet).arrays.keys() != packet.arrays.keys():
+        raise PacketError("the packet brings the update before it along, which only we can know")
     if last is not None and any(entry.get("last") for entry in packet.trail):
         packet = with_last(packet, {piece: last(piece) for piece in layout.slices})
     return unflatten(undo(packet))
@@ -120,8 +119,9 @@ class Encoder:
     """A pipeline with error feedback (arXiv 1809.07599, 1901.09847) for one fragment in one direction.
 
     With residual e, decay β and x = tensors + β·e, a packet P = encode(x) leaves e′ = x − decode(P); e′ replaces e
-    only when the round that carried P has happened. Holds up to two fp32 copies of the fragment (e and e′), none if
-    feedback is off or all steps are lossless.
+    only when the round that carried P has happened. Holds up to two fp32 copies of the fragment: e, and one in which x
+    is made, coded and left as e′; memory beyond that is the packet's, and a chunk's for each thread. Without feedback
+    it holds the one, if all steps are lossless none.
     """
 
     def __init__(self, cfg: config.Codec) -> None:
@@ -129,13 +129,23 @@ class Encoder:
         self._decay = 0.0 if self._pipeline.lossless else cfg.feedback or 0.0
         self._residual: Packet | None = None
         self._pending: Packet | None = None
+        self._spare: Tensor | None = None
 
-    def encode(self, tensors: Mapping[Slice, Tensor], last: Mapping[Slice, Tensor] | None = None) -> Packet:
-        """`last`: the update before, as `remember` kept it; a codec that uses it makes packets that only who has it can
+    def encode(
+        self,
+        tensors: Mapping[Slice, Tensor],
+        last: Mapping[Slice, Tensor] | None = None,
+        *,
+        minus: Mapping[Slice, Tensor] | None = None,
+    ) -> Packet:
+        """Of fp32 tensors, or of what they differ by from `minus`, on the device of that; both stay as they are.
+        `last`: the update before, as `remember` kept it; a codec that uses it makes packets that only who has it can
         read. Until `settle`, equal tensors give equal packets. Raises PacketError if tensors + residual are not finite,
         UsageError if the residual belongs to other slices."""
+        self._reuse(self._pending)
         self._pending = None
-        flat = flatten(tensors, self._pipeline.align)
+        flat = flatten(tensors, self._pipeline.align, minus, self._spare)
+        self._spare = None
         if self._residual is not None:
             if self._residual.trail != flat.trail:
                 raise UsageError(
@@ -143,10 +153,12 @@ class Encoder:
                     hint="resume with the layout that the checkpoint was saved with",
                 )
             flat.arrays["values"].add_(self._residual.arrays["values"], alpha=self._decay)
-        packet = self._pipeline.apply(flat, last)
+        packet = self._pipeline.encode(flat, last)
         if self._decay:
             clear_padding(flat)  # a checkpoint does not keep it
             self._pending = flat
+        else:
+            self._reuse(flat)
         return packet
 
     def settle(self, merged: bool) -> None:
@@ -154,11 +166,17 @@ class Encoder:
         sent before a crash), its error is lost, and the residual that went into it must not go into another. False:
         the round did not happen, the residual stays as it was."""
         if merged:
-            self._residual = self._pending
+            self._residual, self._pending = self._pending, self._residual
+        self._reuse(self._pending)
         self._pending = None
 
+    def _reuse(self, flat: Packet | None) -> None:
+        if flat is not None and not self._pipeline.lossless:  # a lossless packet may be its input
+            self._spare = flat.arrays["values"]
+
     def residual(self) -> dict[Slice, Tensor]:
-        """What a checkpoint keeps: views, empty before the first settled round. A packet in flight is not part."""
+        """What a checkpoint keeps: views, good until the next packet is settled; empty before the first one is. A
+        packet in flight is not part."""
         return {} if self._residual is None else unflatten(self._residual)
 
     def restore(self, residual: Mapping[Slice, Tensor]) -> None:

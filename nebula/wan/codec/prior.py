@@ -66,8 +66,7 @@ def guide(last: Tensor) -> Guide:
     flat = last.detach().cpu().contiguous().view(-1).view(torch.int16).numpy()
     columns = max(last.shape[-1] if last.dim() else 1, 1)
     columns = columns if last.dim() > 1 else max(flat.size, 1)
-    magnitudes = flat & 0x7FFF
-    top = int(magnitudes.max(initial=0)) >> 7
+    top = int(kernels.peak(flat)) >> 7
     rows_R, columns_C = np.zeros(flat.size // columns, np.int64), np.zeros(columns, np.int64)
     kernels.sums(flat, top, rows_R, columns_C)
     total = int(rows_R.sum())

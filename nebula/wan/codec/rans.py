@@ -11,6 +11,7 @@ out of bounds, whatever the words are: a stream that does not end where it began
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,35 +49,32 @@ class Model:
 
 
 class Coder:
-    """Codes with one model. Encoding and decoding need tables of their own, made when first needed."""
+    """Codes with one model."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        frequencies = model.frequencies_CA.astype(np.float64)
-        # Slightly above 1/f, so that a truncated product is the exact quotient of any 32-bit state.
-        self._inverse = np.divide(1 + 2.0**-50, frequencies, out=np.zeros_like(frequencies), where=frequencies > 0)
-        self._entries = (model.frequencies_CA.astype(np.uint64) << np.uint64(32)) | model.starts().astype(np.uint64)
-        self._table: NDArray[np.uint32] | None = None
+
+    @cached_property
+    def _to(self) -> NDArray[np.uint64]:
+        return encoding_table(self.model)
+
+    @cached_property
+    def _from(self) -> NDArray[np.uint32]:
+        return decoding_table(self.model)
 
     def encode(self, values: NDArray[np.int16], contexts: NDArray[np.uint8]) -> bytes:
         """One chunk. Every context must be able to escape, or have all the symbols that it meets."""
         words = np.empty(WORST * len(values) + 2 * LANES + 1, np.uint16)
-        at = kernels.rans_encode(values, contexts, self._entries, self._inverse, self.model.shift, words)
+        at = kernels.rans_encode(values, contexts, self._to, self.model.shift, words)
         return words[at:].tobytes()
 
     def decode(self, data: memoryview, contexts: NDArray[np.uint8], values: NDArray[np.int16]) -> None:
         """Fill `values` from what `encode` gave, with the same contexts. Raises PacketError if the data is damaged."""
         if len(data) % 2 or len(data) < 4 * LANES:
             raise PacketError(f"{len(data)} bytes are no chunk of an entropy-coded packet")
-        if self._table is None:
-            self._table = _decoding_table(self.model)
         words = np.frombuffer(bytes(data), np.uint16)  # a copy: aligned, which compiled code counts on
-        if (
-            kernels.rans_decode(
-                words, contexts, self._table, self.model.shift, self.model.frequencies_CA.shape[1], values
-            )
-            != 0
-        ):
+        symbols = self.model.frequencies_CA.shape[1]
+        if kernels.rans_decode(words, contexts, self._from, self.model.shift, symbols, values) != 0:
             raise PacketError("an entropy-coded chunk is damaged")
 
 
@@ -103,7 +101,22 @@ def normalise(counts_CA: NDArray[np.float64]) -> NDArray[np.uint16]:
     return narrow
 
 
-def _decoding_table(model: Model) -> NDArray[np.uint32]:
+def encoding_table(model: Model) -> NDArray[np.uint64]:
+    """[C, A, 3]: of a symbol of frequency f: f << 20, from where on a state gives up a word first, so that its quotient
+    by f stays below 2^20; a reciprocal r; and in one word, from bit 0, 6, 8 and 32: s, b, TOTAL − f and where its share
+    begins. The quotient of a state is (state + b)·r >> s, exactly: with r = ⌈2^s / f⌉ where that errs by less than 1/f
+    for every state below f << 20, else with the floor and b = 1 (Robison 2005, "N-bit unsigned division via N-bit
+    multiply-add"); no product leaves 64 bits."""
+    f = model.frequencies_CA.astype(np.int64)
+    s = 31 + np.ceil(np.log2(np.maximum(f, 1))).astype(np.int64)
+    power = np.int64(1) << s
+    ceiling = -(-power // np.maximum(f, 1))
+    b = (ceiling * f - power) * f << 20 > power
+    rest = s | b << 6 | (TOTAL - f) << 8 | model.starts() << 32
+    return np.stack([f << 20, ceiling - b, rest], axis=2).astype(np.uint64)
+
+
+def decoding_table(model: Model) -> NDArray[np.uint32]:
     """Context and slot → symbol, frequency − 1, slot − start, in 8, 12 and 12 bits."""
     contexts, symbols = model.frequencies_CA.shape
     table = np.empty((contexts, TOTAL), np.uint32)

@@ -11,8 +11,9 @@ by rank: below one bit or so every slice keeps the same share of its values, wha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -32,6 +33,9 @@ TABLE_BITS = 9.0
 MAX_LEVELS = 16
 FEW = 16
 """A level is fitted to at least so many values."""
+
+CLOSE = 0.998
+"""The rate of a sample is that near to the one that is wanted."""
 
 MIDDLE = 1024
 """Where a histogram counts zeros."""
@@ -71,8 +75,9 @@ def steps(sample: Sample, bits: float, threshold: float) -> Floats:
     fineness = math.log2(bits / 4 + 1e-4)
     for _ in range(2):  # contexts depend on the step, and the step that the rate allows on the contexts
         x_N = sample.x_N / np.repeat(ladder.steps(fineness), sample.sizes)
-        contexts = _merge(_histogram(x_N, sample.cells_N, sample, threshold), _weight(sample))
-        fineness = _solve(ladder, sample, contexts[sample.cells_N], threshold, bits)
+        contexts_N = _merge(_histogram(x_N, sample.cells_N, sample, threshold), _weight(sample))[sample.cells_N]
+        cost = partial(_rate, ladder, sample, contexts_N, threshold)
+        fineness = _solve(cost, bits, fineness)
     return ladder.steps(fineness)
 
 
@@ -123,18 +128,30 @@ class _Ladder:
         share = 2.0 ** min(fineness, -1.0)
         limits = [m[min(int(share * len(m)), len(m) - 1)] if len(m) else 1.0 for m in self._sorted]
         scales = np.array([limit or 1.0 for limit in limits], np.float64)  # mostly zeros: its root mean square will do
-        found: Floats = scales * (2.0 ** -max(fineness + 1.0, 0.0) / self._threshold)
+        # Just below the limit, even if the step is rounded: where many values are as large as it, all of them are kept.
+        found: Floats = scales * ((1 - 2.0**-8) * 2.0 ** -max(fineness + 1.0, 0.0) / self._threshold)
         return found
 
 
-def _solve(ladder: _Ladder, sample: Sample, contexts_N: NDArray[np.uint8], threshold: float, bits: float) -> float:
-    """Fineness for the rate, by bisection."""
+def _rate(ladder: _Ladder, sample: Sample, contexts_N: NDArray[np.uint8], threshold: float, fineness: float) -> float:
+    """Bits per parameter."""
+    x_N = sample.x_N / np.repeat(ladder.steps(fineness), sample.sizes)
+    counts = _histogram(x_N, contexts_N, sample, threshold)
+    return _cost(counts, _weight(sample)) / max(len(x_N), 1)
+
+
+def _solve(rate: Callable[[float], float], bits: float, guess: float) -> float:
+    """Fineness for the rate, never above it. By Newton's steps: below one bit the rate's logarithm grows by about one
+    with fineness, later the rate itself does. By halving where they leave the bracket."""
     low, high = -14.0, 12.0  # next to no bits, and far too many
     for _ in range(14):
-        middle = (low + high) / 2
-        x_N = sample.x_N / np.repeat(ladder.steps(middle), sample.sizes)
-        over = _cost(_histogram(x_N, contexts_N, sample, threshold), _weight(sample)) > bits * max(len(x_N), 1)
-        low, high = (low, middle) if over else (middle, high)
+        found = rate(guess)
+        low, high = (guess, high) if found <= bits else (low, guess)
+        if CLOSE * bits <= found <= bits or high - low < 1e-3:
+            break
+        guess += math.log2((1 + CLOSE) / 2 * bits / max(found, 1e-6)) * max(1.0, math.log(2) * found) if bits else low
+        if not low < guess < high:
+            guess = (low + high) / 2
     return low
 
 
