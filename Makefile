@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: train test machine lint format proto campaign bench clean
+.PHONY: train test machine lint format proto campaign fuzz bench clean
 
 train: .venv/.ready
 	$(BIN)/nebula run trainers/code_moe.py --clusters clusters/laptop.yaml $(ARGS)
@@ -38,6 +38,13 @@ campaign: .venv/.ready-dev
 	$(BIN)/nebula sim --seeds 10000 --clusters 4
 	$(BIN)/nebula sim --crashes
 
+# Seconds. Compiled loops check their bounds here, and are cached apart from those that do not.
+TIME ?= 60
+FUZZ := build/fuzz
+fuzz: .venv/.ready-fuzz
+	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(FUZZ)/compiled PYTHONPATH=. \
+	    $(BIN)/python tests/attacks/fuzz.py $(FUZZ)/corpus $(TIME)
+
 bench: .venv/.ready-dev
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/bytes.py
@@ -64,4 +71,8 @@ HAS_TORCH := -c 'import sys, importlib.metadata as m; v = m.version("torch").spl
 
 .venv/.ready-dev: .venv/.ready
 	$(BIN)/pip install --quiet --constraint .venv/constraints.txt --editable '.[ray,dev]'
+	touch $@
+
+.venv/.ready-fuzz: .venv/.ready-dev
+	$(BIN)/pip install --quiet --constraint .venv/constraints.txt --editable '.[ray,dev,fuzz]'
 	touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 
 import torch
@@ -23,7 +24,7 @@ def check_tiling(slices: Mapping[Slice, Tensor], shapes: Shapes) -> None:
     covered = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
     for where, values in slices.items():
         if where.name not in covered:
-            raise PacketError(f"parameter {where.name!r} is not in this fragment")
+            raise PacketError(f"parameter {reprlib.repr(where.name)} is not in this fragment")
         _check_inside(where, shapes[where.name])
         if not bool(torch.isfinite(values).all()):
             raise PacketError(f"parameter {where.name!r} has values that are not finite")

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import random
-import re
 import struct
-from itertools import product
-from pathlib import Path
-from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import flat
+from packets import STEPS, assemble, honest
 
 from nebula import config
 from nebula.errors import PacketError
-from nebula.proto.v1.packet_pb2 import ArraySpec, PacketHeader
 from nebula.types import Packet, Slice
-from nebula.wan.codec import Encoder, decode, wire
+from nebula.wan.codec import decode, wire
 from nebula.wan.codec.entropy import inflate
 from nebula.wan.codec.pipeline import DECODERS
-from nebula.wan.frame import MAGIC, PREAMBLE, VERSION, pack, unpack
+from nebula.wan.frame import pack, unpack
 
 ELEMENTS = 600
 LIMIT = 1 << 20
@@ -34,28 +30,6 @@ def receive(data: bytes) -> dict[Slice, torch.Tensor]:
     return decode(unpack(data, max_bytes=LIMIT), max_elements=ELEMENTS)
 
 
-def honest(*steps: config.CodecStep) -> bytes:
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        Slice("layers.0.attention.wq", (0, 0), (20, 25)): torch.randn(20, 25, generator=generator),
-        Slice("norm", (4,), (100,)): torch.randn(100, generator=generator),
-    }
-    return pack(Encoder(config.Codec(steps=steps)).encode(tensors))
-
-
-def variants(kind: type[config.Config]) -> list[config.CodecStep]:
-    """A step for each combination of what its literal fields may be; other fields keep their defaults."""
-    literal = {
-        name: get_args(field.annotation)
-        for name, field in kind.model_fields.items()
-        if get_origin(field.annotation) is Literal
-    }
-    return [kind(**dict(zip(literal, values, strict=True))) for values in product(*literal.values())]
-
-
-STEPS = [step for kind in get_args(get_args(config.CodecStep)[0]) for step in variants(kind)]
-"""Every kind of step that a recipe may name, in all its formats."""
-
 HONEST = [
     honest(),
     *(honest(step) for step in STEPS),
@@ -64,17 +38,6 @@ HONEST = [
 ]
 TRAILS = [unpack(data, max_bytes=LIMIT).trail for data in HONEST]
 PLAIN = [data for data, trail in zip(HONEST, TRAILS, strict=True) if trail[-1]["kind"] not in ("zstd", "layout")]
-
-
-def assemble(arrays: list[tuple[str, str, list[int], bytes]], trail: list[object]) -> bytes:
-    text = json.dumps(trail).encode()
-    header = PacketHeader(
-        version=VERSION,
-        arrays=[ArraySpec(name=name, dtype=dtype, shape=shape) for name, dtype, shape, _ in arrays],
-        trail=zstandard.ZstdCompressor(write_content_size=True).compress(text),
-        trail_size=len(text),
-    ).SerializeToString()
-    return PREAMBLE.pack(MAGIC, len(header)) + header + b"".join(data for *_, data in arrays)
 
 
 def layout(count: int, align: int = 1) -> dict[str, object]:
@@ -90,19 +53,10 @@ def refused(data: bytes) -> bool:
     return False
 
 
-def kib(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1])
-
-
 @pytest.fixture
 def flat_memory():
-    """The resident set may peak at most 8 MiB above where it was."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = kib("VmRSS")
-    yield
-    assert kib("VmHWM") - before < 8 * 1024
+    with flat(8 << 20):
+        yield
 
 
 # --- fuzz ---------------------------------------------------------------------------------------------------------

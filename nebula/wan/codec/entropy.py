@@ -52,9 +52,9 @@ class Zstd:
                 raise PacketError("the packet compresses one array twice, or more than its layout can need")
             raw = inflate(wire.as_bytes(wire.array(packet, name, torch.uint8)), size)
             arrays[name] = _by_element(wire.from_bytes(raw), dtype).view(shape)
-        if arrays.keys() != packet.arrays.keys():
+        if arrays.keys() != layout.without_last(packet).arrays.keys():
             raise PacketError("the packet holds arrays that its trail does not name")
-        return Packet(arrays, packet.trail[:-1])
+        return Packet({**packet.arrays, **arrays}, packet.trail[:-1])
 
 
 def inflate(data: memoryview, size: int) -> bytes:

@@ -6,6 +6,7 @@ entry is the only place where a packet states its size; every step bounds its ow
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,8 @@ from nebula.types import Json, Packet, Slice
 from nebula.wan.codec import wire
 
 MAX_ALIGN = 65536
+MAX_SLICES = 1 << 14
+"""In a packet: what it says of each takes a hundred times the memory that it takes on the wire."""
 LAST = "last."
 
 
@@ -62,9 +65,14 @@ def flatten(
     equal input gives equal packets; on the device of `minus`, or theirs. `into`: an array to use if it fits: one that
     the system has already given is faster to fill by half than a new one.
 
-    Raises UsageError if `align` is so large that the packet would be mostly padding.
+    Raises UsageError if `align` is so large that the packet would be mostly padding, or there are too many slices.
     """
     layout = Layout(align, tuple(sorted(tensors, key=lambda piece: (piece.name, piece.offset, piece.shape))))
+    if len(tensors) > MAX_SLICES:
+        raise UsageError(
+            f"a fragment of {len(tensors)} tensors, at most {MAX_SLICES} are supported",
+            hint="train with more fragments",
+        )
     if layout.padded > capacity(layout.elements):
         raise UsageError(
             f"codec blocks of {align} would pad {layout.elements} parameters to {layout.padded}",
@@ -100,7 +108,10 @@ def read(packet: Packet) -> Layout:
         raise PacketError("the packet's trail does not begin with a layout")
     align = wire.integer(entry, "align", 1, MAX_ALIGN)
     pieces = []
-    for name, offset, shape in wire.rows(entry, "slices", 3):
+    rows = wire.rows(entry, "slices", 3)
+    if len(rows) > MAX_SLICES:
+        raise PacketError(f"the packet has {len(rows)} slices, at most {MAX_SLICES} are supported")
+    for name, offset, shape in rows:
         piece = Slice(str(name), wire.integers(offset), wire.integers(shape))
         if not isinstance(name, str) or len(piece.offset) != len(piece.shape):
             raise PacketError("a slice of the packet has no name or an offset of another rank than its shape")
@@ -127,7 +138,7 @@ def with_last(packet: Packet, last: Mapping[Slice, Tensor]) -> Packet:
     PacketError if a slice is missing there."""
     slices = read(packet).slices
     if missing := [piece for piece in slices if piece not in last]:
-        raise PacketError(f"there is no update before this packet for {missing[0]}")
+        raise PacketError(f"there is no update before this packet for {reprlib.repr(missing[0].name)}")
     return Packet({**packet.arrays, **{f"{LAST}{n}": last[piece] for n, piece in enumerate(slices)}}, packet.trail)
 
 

@@ -64,8 +64,7 @@ def remember(update: Tensor) -> Tensor:
 def guide(last: Tensor) -> Guide:
     """From a slice of what `remember` kept. A slice of one dim or none has one row."""
     flat = last.detach().cpu().contiguous().view(-1).view(torch.int16).numpy()
-    columns = max(last.shape[-1] if last.dim() else 1, 1)
-    columns = columns if last.dim() > 1 else max(flat.size, 1)
+    columns = last.shape[-1] if last.dim() > 1 and flat.size else max(flat.size, 1)
     top = int(kernels.peak(flat)) >> 7
     rows_R, columns_C = np.zeros(flat.size // columns, np.int64), np.zeros(columns, np.int64)
     kernels.sums(flat, top, rows_R, columns_C)
