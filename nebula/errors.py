@@ -61,7 +61,7 @@ class SessionError(AuthError):
 
 
 class FrameError(AuthError):
-    """`reason` is one of: auth, replay, size, order, schema, hash, nonfinite. It labels the counter."""
+    """`reason` is one of: auth, replay, size, order, schema. It labels the counter."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)

@@ -20,6 +20,7 @@ class Ledger:
         self._durable: set[str] = set()  # what this process put: a blob merely found may not have reached the disk
         self._kept: set[str] = set()  # what an earlier process put
         self._chunks: dict[str, tuple[bytes, ...]] = {}
+        self._places: dict[str, dict[bytes, int]] = {}
         self._hashing = Lock()
         self.lent: Collection[str] = ()
         """Blobs that stay although `keep` does not name them."""
@@ -47,11 +48,13 @@ class Ledger:
             known = self._chunks.get(name)
             if known is None:
                 known = self._chunks[name] = self._hashed(name)
+                self._places[name] = {chunk: index for index, chunk in reversed(list(enumerate(known)))}
             return known
 
     def chunk(self, name: str, sha256: bytes) -> bytes:
-        """One of `chunks`. Raises ValueError if there is no such one, and as `get`."""
-        index = self.chunks(name).index(sha256)
+        """One of `chunks`. Raises KeyError if there is no such one, and as `get`."""
+        self.chunks(name)
+        index = self._places[name][sha256]
         with self._present(name):
             data = self._store.read(name, index * CHUNK_BYTES, CHUNK_BYTES)
         if hashlib.sha256(data).digest() != sha256:
@@ -81,6 +84,7 @@ class Ledger:
         self._kept.intersection_update(live)
         for name in self._chunks.keys() - live:
             self._chunks.pop(name, None)
+            self._places.pop(name, None)
 
     def _hashed(self, name: str) -> tuple[bytes, ...]:
         whole, chunks = hashlib.sha256(), []

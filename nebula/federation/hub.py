@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from math import isfinite
+from typing import TypeVar
 
 from nebula.checkpoint.ledger import Ledger
 from nebula.clock import REAL, Clock
 from nebula.config import Agreement
-from nebula.errors import AuthError, FrameError, JournalError, PacketError
+from nebula.errors import AuthError, JournalError, PacketError
 from nebula.federation import coordinator as machine
 from nebula.federation import pulls
-from nebula.federation.events import Arrived, Heard, Joined, Planned, Reported
+from nebula.federation.events import Arrived, Committed, Heard, Joined, Planned, Reported
 from nebula.federation.journal import Journal
 from nebula.federation.merge import largest_payload
 from nebula.federation.sessions import Sessions, check_peer
 from nebula.federation.shell import Shell
+from nebula.federation.uploads import Upload, Uploads
 from nebula.proto.v1 import run_pb2 as pb
 from nebula.proto.v1.packet_pb2 import Frame
 from nebula.security.pki import Identity
 from nebula.security.session import answer
 from nebula.types import ROLE, RoundReport
+from nebula.wan.chunks import CHUNK_BYTES
 from nebula.wan.messages import beat_of, held_of, plan_response, report_of
 from nebula.wan.transport import payload_context, send
+
+T = TypeVar("T")
 
 LONG_POLL = 10.0
 """The most seconds a pull waits at the coordinator before the agent asks again; well under any proxy's idle limit, and
@@ -50,6 +54,8 @@ class Hub(Shell):
         self._tokenizer = tokenizer
         self._identity = identity
         self._sessions = Sessions()
+        self._uploads = Uploads(clock)
+        self._late: dict[str, tuple[str, int]] = {}
         self._loans = pulls.Loans(ledger, agreement.run.membership.max_stall)
 
     # --- what agents ask ------------------------------------------------------------------------------------------
@@ -100,21 +106,35 @@ class Hub(Shell):
 
     def push(self, peer: str | None, frames: Iterable[Frame]) -> Iterator[Frame]:
         session, head, stream = self._sessions.head(peer, frames, pb.PushHead, b"push")
-        shapes = self._merger.shapes.get(head.fragment)
-        if head.role != ROLE or shapes is None:
-            raise PacketError(f"no fragment {head.fragment!r} in role {head.role!r}")
-        limit = largest_payload(shapes, self.agreement.members[session.cluster].ranks)
-        payload = session.receive.open(self._noted(session.cluster, stream), context=payload_context(head), limit=limit)
-        yield from send(session.send, pb.Receipt(status=self._deliver(session.cluster, head, payload)), b"receipt")
+        self._check_head(session.cluster, head)
+        receipt = self._settled(session.cluster, head)
+        if receipt is None:
+            upload = self._uploads.open(session.cluster, head, self._limit(session.cluster, head.fragment))
+            chunks, context = head.payload.chunks, payload_context(head)
+            for number in head.following:
+                if number >= len(chunks):
+                    raise PacketError(f"a delta of {len(chunks)} chunks has none of number {number}")
+                noted = self._noted(session.cluster, stream)
+                data = session.receive.open(noted, context=context, limit=CHUNK_BYTES)
+                upload.state.put(chunks[number], data)
+            receipt = self._received(session.cluster, head, upload)
+        yield from send(session.send, receipt, b"receipt")
 
     def pull(self, peer: str | None, frames: Iterable[Frame]) -> Iterator[Frame]:
         session, request, _ = self._sessions.head(peer, frames, pb.PullRequest, b"pull")
         if request.role != ROLE or request.fragment not in self._state.fragments or request.kind not in pulls.KINDS:
             raise PacketError(f"no {request.kind} of fragment {request.fragment!r} in role {request.role!r}")
-        head, payload = self._find(session.cluster, request)
+        status, commit = self._wait_for(session.cluster, request)
+        if commit is None:
+            yield from send(session.send, pb.PullHead(status=status, fragment=request.fragment), b"pull-answer")
+            return
+        sound = partial(self._sound, session.cluster, request, commit)
+        head = sound(partial(pulls.head, self._ledger, commit, request))
         yield from send(session.send, head, b"pull-answer")
-        if payload is not None:
-            yield from session.send.seal(payload, context=payload_context(head))
+        context = payload_context(head)
+        for chunk in pulls.wanted(self._ledger, commit, request):
+            data = sound(partial(pulls.chunk, self._ledger, commit, request, chunk))
+            yield from session.send.seal(data, context=context)
 
     def _noted(self, cluster: str, frames: Iterator[Frame]) -> Iterator[Frame]:
         """Whose payload moves is alive, however long it takes."""
@@ -134,30 +154,59 @@ class Hub(Shell):
         if not (possible and all(map(isfinite, figures)) and (report.eval is None or isfinite(report.eval.loss_sum))):
             raise PacketError(f"cluster {cluster} reports what cannot be: {report}")
 
-    def _deliver(self, cluster: str, head: pb.PushHead, payload: bytes) -> pb.Receipt.Status.ValueType:
-        if hashlib.sha256(payload).digest() != head.sha256:
-            raise FrameError("hash", f"the delta of {cluster} does not match the digest its head states")
+    def _check_head(self, cluster: str, head: pb.PushHead) -> None:
+        if head.role != ROLE or head.fragment not in self._merger.shapes:
+            raise PacketError(f"no fragment {head.fragment!r} in role {head.role!r}")
         if head.base != head.round:
             raise PacketError(f"a delta of round {head.round} is measured against version {head.base}")
         if not (isfinite(head.weight) and head.weight >= 1):  # the sum of tiny ones vanishes in fp32
             raise PacketError(f"weight {head.weight} of {cluster} is not a positive number of tokens")
+
+    def _limit(self, cluster: str, fragment: str) -> int:
+        return largest_payload(self._merger.shapes[fragment], self.agreement.members[cluster].ranks)
+
+    def _settled(self, cluster: str, head: pb.PushHead) -> pb.Receipt | None:
+        """What became of a delta, if that is known: nothing more of it is wanted then."""
         verdict = self._verdict(cluster, head)
-        if verdict == "accept" and not self._merger.check(head.fragment, head.base, payload, head.parts):
-            verdict = "late"  # the deadline passed just now
-        if verdict == "accept":
-            with self._changed:  # held over both: a blob that no event refers to yet would be swept up
-                blob = self._guard(lambda: self._ledger.put(payload))
-                verdict = self._verdict(cluster, head)  # a deadline may have passed while the delta was checked
-                if verdict == "accept":
-                    most = self._state.span(head.round).steps * self.agreement.tokens_per_step(cluster)
-                    self._accept(cluster, head, blob, min(head.weight, most))
-        if verdict == "late":
+        before = self._state.fragments[head.fragment].arrived.get(cluster)
+        if verdict == "accept" and (before is None or before.blob != head.payload.sha256.hex()):
+            return None
+        self._uploads.close(cluster, head)
+        return self._receipt(cluster, head, verdict)
+
+    def _received(self, cluster: str, head: pb.PushHead, upload: Upload) -> pb.Receipt:
+        """After some of its chunks have come."""
+        start = self._clock.now()
+        with upload.turn:
+            if (receipt := self._settled(cluster, head)) is not None:
+                return receipt
+            if missing := upload.state.places():
+                return pb.Receipt(status=pb.Receipt.STATUS_INCOMPLETE, missing=missing)
+            try:
+                verdict = self._deliver(cluster, head, upload.state.whole())
+            finally:
+                self._uploads.close(cluster, head)
+        receipt = self._receipt(cluster, head, verdict)
+        receipt.seconds = self._clock.now() - start
+        return receipt
+
+    def _receipt(self, cluster: str, head: pb.PushHead, verdict: str) -> pb.Receipt:
+        late = head.fragment, head.round
+        if verdict == "late" and self._late.get(cluster) != late:  # each connection hears of it
+            self._late[cluster] = late
             self._tell("late", cluster=cluster, round=head.round, fragment=head.fragment)
-        return {
-            "accept": pb.Receipt.STATUS_ACCEPTED,
-            "duplicate": pb.Receipt.STATUS_DUPLICATE,
-            "late": pb.Receipt.STATUS_LATE,
-        }[verdict]
+        return pb.Receipt(status=_RECEIPTS[verdict])
+
+    def _deliver(self, cluster: str, head: pb.PushHead, payload: bytes) -> str:
+        if not self._merger.check(head.fragment, head.base, payload, head.parts):
+            return "late"  # the deadline passed just now
+        with self._changed:  # held over both: a blob that no event refers to yet would be swept up
+            blob = self._guard(lambda: self._ledger.put(payload))
+            verdict = self._verdict(cluster, head)  # a deadline may have passed while the delta was checked
+            if verdict == "accept":
+                most = self._state.span(head.round).steps * self.agreement.tokens_per_step(cluster)
+                self._accept(cluster, head, blob, min(head.weight, most))
+        return verdict
 
     def _verdict(self, cluster: str, head: pb.PushHead) -> str:
         try:
@@ -185,19 +234,16 @@ class Hub(Shell):
             "delta", cluster=cluster, round=head.round, fragment=head.fragment, bytes=sum(head.parts), seconds=seconds
         )
 
-    def _find(self, cluster: str, request: pb.PullRequest) -> tuple[pb.PullHead, bytes | None]:
-        """What to answer a pull: head, and payload if there is one."""
-        while True:
-            status, commit = self._wait_for(cluster, request)
-            if commit is None:
-                return pb.PullHead(status=status, fragment=request.fragment), None
-            read = partial(pulls.read, self._ledger, commit, request)
-            try:
-                return read()
-            except JournalError:  # damage, unless its time was over while it was read
-                with self._changed:
-                    if self._look(cluster, request)[1] is commit:
-                        return self._guard(read)
+    def _sound(self, cluster: str, request: pb.PullRequest, commit: Committed, read: Callable[[], T]) -> T:
+        """What is read of a commit that was found for a request. Raises ConnectionError if its time is over meanwhile,
+        JournalError if it is damaged."""
+        try:
+            return read()
+        except JournalError:
+            with self._changed:
+                if self._look(cluster, request)[1] is commit:
+                    return self._guard(read)
+            raise ConnectionError(f"{commit.fragment} version {commit.version} is no longer kept") from None
 
     def _wait_for(self, cluster: str, request: pb.PullRequest) -> pulls.Found:
         """What is asked, up to a long poll later."""
@@ -211,9 +257,16 @@ class Hub(Shell):
                 if status != pb.PullHead.STATUS_PENDING or left <= 0:
                     break
                 self._changed.wait(left)
-            if commit is not None and request.kind != pb.PullRequest.KIND_UPDATE:
+            if commit is not None and request.kind == pb.PullRequest.KIND_STATE:
                 self._loans.lend(cluster, commit, self._clock.now())
         return status, commit
 
     def _look(self, cluster: str, request: pb.PullRequest) -> pulls.Found:
         return pulls.find(self._state, self._loans.find(cluster, request.fragment), request)
+
+
+_RECEIPTS = {
+    "accept": pb.Receipt.STATUS_ACCEPTED,
+    "duplicate": pb.Receipt.STATUS_DUPLICATE,
+    "late": pb.Receipt.STATUS_LATE,
+}

@@ -25,10 +25,10 @@ class MemoryStub:
     def beat(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
         return self._hub.beat(None, frames)
 
-    def push(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
+    def push(self, frames: Iterator[Frame], timeout: float, lane: int) -> Iterator[Frame]:
         return self._hub.push(None, frames)
 
-    def pull(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
+    def pull(self, frames: Iterator[Frame], timeout: float, lane: int) -> Iterator[Frame]:
         return self._hub.pull(None, frames)
 
     def wire(self) -> Wire:

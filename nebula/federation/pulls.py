@@ -8,11 +8,11 @@ from nebula.checkpoint.ledger import Ledger
 from nebula.errors import PacketError
 from nebula.federation.events import Committed
 from nebula.federation.state import State
-from nebula.proto.v1.run_pb2 import PullHead, PullRequest
+from nebula.proto.v1.run_pb2 import Manifest, PullHead, PullRequest
 
 Found: TypeAlias = tuple[PullHead.Status.ValueType, Committed | None]
 
-KINDS = {PullRequest.KIND_UPDATE: "update", PullRequest.KIND_STATE: "params", PullRequest.KIND_CHUNK: "params"}
+KINDS = {PullRequest.KIND_UPDATE: "update", PullRequest.KIND_STATE: "params"}
 """Which of a commit's blobs each is about."""
 
 
@@ -51,10 +51,10 @@ class Loans:
 def find(state: State, lent: tuple[Committed, ...], request: PullRequest) -> Found:
     """`lent`: to whoever asks."""
     chain = state.fragments[request.fragment].chain
-    if request.kind == PullRequest.KIND_STATE:
-        return PullHead.STATUS_READY, chain[-1]
     if request.kind == PullRequest.KIND_UPDATE:
         return _find_update(state, chain, request.version)
+    if not request.chunks:
+        return PullHead.STATUS_READY, chain[-1]
     for commit in (*chain[-2:], *lent):
         if commit.version == request.version:
             return PullHead.STATUS_READY, commit
@@ -71,26 +71,34 @@ def _find_update(state: State, chain: tuple[Committed, ...], version: int) -> Fo
     return (PullHead.STATUS_ENDED if version > ends else PullHead.STATUS_PENDING), None
 
 
-def read(ledger: Ledger, commit: Committed, request: PullRequest) -> tuple[PullHead, bytes | None]:
-    """Head, and payload if it is one that has any. Raises PacketError if there is no such chunk, JournalError if the
-    blob is missing or damaged."""
-    blob = commit.blobs[KINDS[request.kind]]
-    head = PullHead(
+def head(ledger: Ledger, commit: Committed, request: PullRequest) -> PullHead:
+    """Raises JournalError if the blob is missing or damaged."""
+    found = PullHead(
         status=PullHead.STATUS_READY,
         fragment=commit.fragment,
         version=commit.version,
         digest=commit.digest,
         contributors=commit.contributors,
     )
-    if request.kind == PullRequest.KIND_STATE:
-        head.chunks.extend(ledger.chunks(blob))
-        head.payload_bytes, head.sha256 = ledger.size(blob), bytes.fromhex(blob)
-        return head, None
-    if request.kind == PullRequest.KIND_UPDATE:
-        payload, head.sha256 = ledger.get(blob), bytes.fromhex(blob)
-    elif request.chunk in ledger.chunks(blob):
-        payload, head.sha256 = ledger.chunk(blob, request.chunk), request.chunk
-    else:
-        raise PacketError(f"{commit.fragment} version {commit.version} has no chunk {request.chunk.hex()[:12]!r}")
-    head.payload_bytes = len(payload)
-    return head, payload
+    if not request.chunks:
+        blob = commit.blobs[KINDS[request.kind]]
+        chunks = ledger.chunks(blob)
+        found.payload.CopyFrom(Manifest(bytes=ledger.size(blob), sha256=bytes.fromhex(blob), chunks=chunks))
+    return found
+
+
+def wanted(ledger: Ledger, commit: Committed, request: PullRequest) -> list[bytes]:
+    """The chunks to send. Raises PacketError if one is asked for that is not there, or twice, and as `head`."""
+    chunks = list(dict.fromkeys(ledger.chunks(commit.blobs[KINDS[request.kind]])))
+    if not request.chunks:
+        return chunks[:: request.every] if request.every else []
+    if strange := set(request.chunks).difference(chunks):
+        raise PacketError(f"{commit.fragment} version {commit.version} has no chunk {strange.pop().hex()[:12]!r}")
+    if len(set(request.chunks)) != len(request.chunks):
+        raise PacketError(f"a chunk of {commit.fragment} version {commit.version} is asked for twice")
+    return list(request.chunks)
+
+
+def chunk(ledger: Ledger, commit: Committed, request: PullRequest, sha256: bytes) -> bytes:
+    """Raises as `head`."""
+    return ledger.chunk(commit.blobs[KINDS[request.kind]], sha256)

@@ -18,6 +18,7 @@ from nebula.proto.v1.federation_pb2_grpc import FederationServicer, add_Federati
 from nebula.proto.v1.packet_pb2 import Frame
 from nebula.proto.v1.run_pb2 import JoinRequest, JoinResponse
 from nebula.security.pki import Identity, peer_name
+from nebula.wan.link import listeners_prefer_bbr
 from nebula.wan.transport import CHANNEL_OPTIONS
 
 T = TypeVar("T")
@@ -91,8 +92,9 @@ def _whole(frames: Iterator[Frame]) -> Iterator[Frame]:
 
 def serve(hub: Hub, identity: Identity, host: str, port: int) -> tuple[grpc.Server, int]:
     """Start listening. Returns server and port (chosen if 0 was asked). Raises PreflightError if it is taken."""
-    # Every cluster may have a push and a pull waiting per fragment, and a plan, and a beat.
-    waiting = len(hub.agreement.members) * (2 * hub.agreement.run.fragments + 2)
+    # Every cluster may have a push and a pull per fragment, over every connection, and a plan, and a beat.
+    run = hub.agreement.run
+    waiting = len(hub.agreement.members) * (2 * run.fragments * run.wan.streams + 2)
     server = grpc.server(
         ThreadPoolExecutor(max_workers=waiting + 4), options=(*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0))
     )
@@ -108,4 +110,5 @@ def serve(hub: Hub, identity: Identity, host: str, port: int) -> tuple[grpc.Serv
             hint="another program has the port; change coordinator.port in the cluster file",
         ) from error
     server.start()
+    listeners_prefer_bbr(bound)
     return server, bound

@@ -1,58 +1,28 @@
-"""The one door: all of a cluster's WAN traffic goes through its gateway.
-
-Calls are idempotent and repeated until they succeed or `max_stall` has passed without any answer. Every attempt is
-sealed anew; when the coordinator has forgotten the session (it restarted) the gateway joins again first.
-"""
+"""The one door: all of a cluster's WAN traffic goes through its gateway."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import Literal
 
-import grpc
-
-from nebula.clock import REAL, Clock
-from nebula.config import Agreement
-from nebula.errors import AuthError, FrameError, NebulaError, PacketError, SessionError, UnreachableError
+from nebula.clock import REAL, Clock, Task
 from nebula.proto.v1 import run_pb2 as pb
 from nebula.proto.v1.packet_pb2 import Frame
-from nebula.security.pki import Identity
-from nebula.security.session import Session, offer
+from nebula.runtime.caller import PASSING, Caller
+from nebula.security.session import Session
 from nebula.types import ROLE, Beat, Held, Packets, Pulled, PushTicket, RoundPlan, RoundReport
 from nebula.wan import chunks
 from nebula.wan.chunks import CHUNK_BYTES
 from nebula.wan.link import LinkMonitor
 from nebula.wan.messages import beat_request, plan_of, plan_request
-from nebula.wan.transport import GrpcStub, Stub, payload_context, receive, send
-
-T = TypeVar("T")
-
-FIRST_PAUSE, LONGEST_PAUSE = 0.2, 3.0
-"""Seconds between attempts; doubled from the first to the longest."""
-
-LEAST_PATIENCE = 15.0
-"""Seconds without movement, at the least (but for a shorter `max_stall`), after which a call is tried again: longer
-than the coordinator lets a pull wait, and than a frame takes on a poor link."""
+from nebula.wan.transport import Stub, payload_context, receive, send
 
 BEAT_TIMEOUT = 10.0
 """Seconds that a sign of life may take; by then, newer ones are under way."""
-
-REPEAT = {
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.INTERNAL,  # a connection that broke in the middle of a frame
-    grpc.StatusCode.UNKNOWN,
-}
-PASSING = (grpc.RpcError, FrameError, SessionError)
-"""What may be better at the next attempt."""
-
-REJOIN = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.DATA_LOSS}
 
 
 class Gateway:
@@ -70,28 +40,14 @@ class Gateway:
         stub: Stub | None = None,
         clock: Clock = REAL,
     ) -> None:
+        self._caller = Caller(identity, address, cluster, agreement, max_stall, stub, clock)
         self._clock = clock
-        self._identity = Identity.load(Path(identity))
-        if self._identity.name != cluster:
-            raise AuthError(
-                f"the identity in {identity} is of {self._identity.name!r}, this agent is of cluster {cluster!r}",
-                hint="give each agent the folder of its own certificate",
-            )
-        self._address = address
-        self._agreement = agreement
-        self._max_stall = max_stall
-        self._patience = min(max_stall, max(max_stall / 4, LEAST_PATIENCE))
-        self._stub = stub or GrpcStub(address, Path(identity))
-        self._session: Session | None = None
-        self._term = 0
         self._life = secrets.randbits(63)
-        self._joining = clock.condition()
         self._monitor = LinkMonitor()
-        self._heard = float("-inf")
-        self._payload_up = self._payload_down = self._retries = 0
+        self._payload_up = self._payload_down = 0
 
     def join(self) -> tuple[bytes, bytes]:
-        welcome = self._persist(lambda: self._join())
+        welcome = self._caller.join()
         return welcome.agreement, welcome.tokenizer
 
     def plan(self, held: Mapping[str, Held], report: RoundReport | None) -> RoundPlan:
@@ -99,23 +55,24 @@ class Gateway:
 
         def ask(session: Session) -> RoundPlan:
             start = self._clock.now()
-            frames = self._stub.plan(send(session.send, request, b"plan"), timeout=self._patience)
+            frames = self._caller.stub.plan(send(session.send, request, b"plan"), timeout=self._caller.patience)
             answer = receive(session.receive, frames, pb.PlanResponse, b"plan-answer")
             self._monitor.observe_rtt(self._clock.now() - start)
             return plan_of(answer)
 
-        return self._call(ask)
+        return self._caller.call(ask)
 
     def beat(self, beat: Beat) -> None:
         def tell(session: Session) -> None:
-            frames = self._stub.beat(send(session.send, beat_request(beat), b"beat"), timeout=BEAT_TIMEOUT)
+            frames = self._caller.stub.beat(send(session.send, beat_request(beat), b"beat"), timeout=BEAT_TIMEOUT)
             receive(session.receive, frames, pb.BeatResponse, b"beat-answer")
 
         with contextlib.suppress(*PASSING):  # the next one comes soon
-            self._attempt(tell)
+            self._caller.attempt(tell)
 
     def push(self, ticket: PushTicket, packets: Packets) -> Literal["accepted", "duplicate", "late"]:
-        payload = b"".join(packets)
+        payload = memoryview(b"".join(packets))
+        manifest = chunks.manifest(payload, CHUNK_BYTES)
         head = pb.PushHead(
             role=ticket.role,
             fragment=ticket.fragment,
@@ -123,22 +80,53 @@ class Gateway:
             base=ticket.base,
             weight=ticket.weight,
             parts=[len(packet) for packet in packets],
-            sha256=hashlib.sha256(payload).digest(),
+            payload=manifest,
         )
-
-        def deliver(session: Session) -> Literal["accepted", "duplicate", "late"]:
-            start = self._clock.now()
-            frames = self._stub.push(self._noted(_pushed(session, head, payload)), timeout=self._patience)
-            receipt = receive(session.receive, frames, pb.Receipt, b"receipt")
-            self._monitor.observe_transfer("up", len(payload), self._clock.now() - start)
-            return _VERDICTS[receipt.status]
-
-        verdict = self._call(deliver)
+        start = self._clock.now()
+        receipt = self._deliver(head, payload)
+        self._monitor.observe_transfer("up", len(payload), max(self._clock.now() - start - receipt.seconds, 0.0))
         self._payload_up += len(payload)
-        return verdict
+        return _VERDICTS[receipt.status]
 
     def pull(self, kind: Literal["update", "state"], fragment: str, version: int) -> tuple[Pulled, bytes]:
-        head, payload = self._update(fragment, version) if kind == "update" else self._state(fragment)
+        """A state is the newest, whatever the `version`."""
+        lanes, started = self._lanes(), self._clock.now()
+        first = pb.PullRequest(role=ROLE, fragment=fragment, kind=_KINDS[kind], version=version, every=lanes)
+        if kind == "state":
+            first.every = 0  # what we have of it is not sent again
+
+        def begin() -> tuple[pb.PullHead, chunks.Coming]:
+            nonlocal started
+
+            def ask(session: Session) -> tuple[pb.PullHead, chunks.Coming]:
+                head, coming = self._ask(session, first, 0)
+                return head, self._caller.as_far_as_it_comes(session, coming)
+
+            while True:
+                head, coming = self._caller.call(ask)
+                if head.status != pb.PullHead.STATUS_PENDING:
+                    started = self._clock.now()
+                    return head, coming
+
+        def rest(head: pb.PullHead, missing: list[bytes], state: chunks.Assembly, lane: int) -> bool:
+            left = list(missing)
+
+            def ask(session: Session) -> bool:
+                request = pb.PullRequest(
+                    role=ROLE, fragment=fragment, kind=_KINDS[kind], version=head.version, chunks=left
+                )
+                found, coming = self._ask(session, request, lane)
+                for data in coming:
+                    state.put(left[0], data)
+                    del left[0]
+                return found.status == pb.PullHead.STATUS_READY
+
+            return self._caller.call(ask)
+
+        head, payload, moved = chunks.fetch(begin, rest, self._clock, CHUNK_BYTES, lanes)
+        if moved:
+            self._monitor.observe_transfer("down", moved, self._clock.now() - started)
+        self._payload_down += moved
         pulled = Pulled(
             status=_STATUSES[head.status],
             version=head.version,
@@ -148,157 +136,94 @@ class Gateway:
         return pulled, payload
 
     def close(self) -> None:
-        self._stub.close()
+        self._caller.stub.close()
 
-    def _update(self, fragment: str, version: int) -> tuple[pb.PullHead, bytes]:
+    def _deliver(self, head: pb.PushHead, payload: memoryview) -> pb.Receipt:
+        """Until the coordinator has said what became of it."""
+        missing: Sequence[int] = range(len(head.payload.chunks))
+        lanes = self._lanes()
         while True:
-            head, payload = self._ask(kind=pb.PullRequest.KIND_UPDATE, fragment=fragment, version=version)
-            if head.status != pb.PullHead.STATUS_PENDING:
-                self._payload_down += len(payload)
-                return head, payload
+            shares = [missing[lane::lanes] for lane in range(min(lanes, len(missing)))] or [()]
+            beside = [
+                Task(self._clock, "chunks", partial(self._bring, head, payload, share, lane))
+                for lane, share in enumerate(shares[1:], start=1)
+            ]
+            try:
+                receipts = [self._bring(head, payload, shares[0], 0)]
+            finally:
+                for lane in beside:  # whatever happens, none is left behind
+                    lane.wait()
+            receipts += [lane.result() for lane in beside]
+            if all(receipt.status == pb.Receipt.STATUS_INCOMPLETE for receipt in receipts):
+                receipts = [self._bring(head, payload, (), 0)]  # the coordinator was replaced, and knows of none
+            # A lane that ends after the one that completed it may hear that it is merged: the least is the truth.
+            receipt = min(receipts, key=lambda receipt: receipt.status)
+            if receipt.status != pb.Receipt.STATUS_INCOMPLETE:
+                return receipt
+            missing = receipt.missing
 
-    def _state(self, fragment: str) -> tuple[pb.PullHead, bytes]:
-        """The newest. Each of its chunks is asked for by itself, so a connection that breaks costs those under way."""
+    def _bring(self, head: pb.PushHead, payload: memoryview, share: Sequence[int], lane: int) -> pb.Receipt:
+        """Some chunks, over one connection. When that breaks, what the coordinator lacks of them."""
+        left: Sequence[int] | None = share
 
-        def chunk(of: pb.PullHead, sha256: bytes) -> bytes | None:
-            wanted = {"fragment": fragment, "version": of.version, "chunk": sha256}
-            head, payload = self._ask(kind=pb.PullRequest.KIND_CHUNK, **wanted)
-            return payload if head.status == pb.PullHead.STATUS_READY else None
+        def attempt(session: Session) -> pb.Receipt:
+            nonlocal left
+            if left is None:
+                receipt = self._send(session, head, payload, (), lane)
+                left = sorted(set(share).intersection(receipt.missing))
+                if receipt.status != pb.Receipt.STATUS_INCOMPLETE or not left:
+                    return receipt
+            sending, left = left, None
+            return self._send(session, head, payload, sending, lane)
 
-        def manifest() -> pb.PullHead:
-            return self._ask(kind=pb.PullRequest.KIND_STATE, fragment=fragment)[0]
+        return self._caller.call(attempt)
 
-        start = self._clock.now()
-        head, state, moved = chunks.fetch(manifest, chunk, self._clock, CHUNK_BYTES)
-        self._monitor.observe_transfer("down", moved, self._clock.now() - start)
-        self._payload_down += moved
-        return head, state
+    def _send(
+        self, session: Session, head: pb.PushHead, payload: memoryview, numbers: Sequence[int], lane: int
+    ) -> pb.Receipt:
+        of = pb.PushHead()
+        of.CopyFrom(head)
+        of.following.extend(numbers)
+        context = payload_context(of)
 
-    def _ask(self, **wanted: Any) -> tuple[pb.PullHead, bytes]:
-        request = pb.PullRequest(role=ROLE, **wanted)
-        return self._call(lambda session: self._fetch(session, request))
+        def frames() -> Iterator[Frame]:
+            yield from send(session.send, of, b"push")
+            for number in numbers:
+                at = number * CHUNK_BYTES
+                yield from session.send.seal(payload[at : at + CHUNK_BYTES], context=context)
 
-    def _fetch(self, session: Session, request: pb.PullRequest) -> tuple[pb.PullHead, bytes]:
-        frames = self._noted(self._stub.pull(send(session.send, request, b"pull"), timeout=self._patience))
+        answer = self._caller.stub.push(self._caller.noted(frames()), timeout=self._caller.patience, lane=lane)
+        return receive(session.receive, answer, pb.Receipt, b"receipt")
+
+    def _ask(self, session: Session, request: pb.PullRequest, lane: int) -> tuple[pb.PullHead, chunks.Coming]:
+        """The head, and the chunks that come with it. Reading those may fail as this does."""
+        asked = send(session.send, request, b"pull")
+        frames = self._caller.noted(self._caller.stub.pull(asked, timeout=self._caller.patience, lane=lane))
         head = receive(session.receive, frames, pb.PullHead, b"pull-answer")
-        if head.status != pb.PullHead.STATUS_READY or request.kind == pb.PullRequest.KIND_STATE:
-            return head, b""
-        start = self._clock.now()
-        payload = session.receive.open(frames, context=payload_context(head), limit=head.payload_bytes)
-        if request.kind == pb.PullRequest.KIND_UPDATE:  # a chunk shares the link with others
-            self._monitor.observe_transfer("down", len(payload), self._clock.now() - start)
-        if hashlib.sha256(payload).digest() != head.sha256:
-            raise FrameError("hash", f"fragment {request.fragment} does not match the digest its head states")
-        return head, payload
+        count = len(request.chunks) if head.status == pb.PullHead.STATUS_READY else 0
+        if request.every and head.payload.chunks:
+            count = len(chunks.shared(head.payload.chunks, request.every)[0])
+        context = payload_context(head)
+        return head, (session.receive.open(frames, context=context, limit=CHUNK_BYTES) for _ in range(count))
 
-    def _noted(self, frames: Iterator[Frame]) -> Iterator[Frame]:
-        """As frames pass, the link is alive, however long the call takes."""
-        for frame in frames:
-            yield frame
-            self._heard = self._clock.now()
+    def _lanes(self) -> int:
+        return self._caller.agreement.run.wan.streams
 
     def _measured(self, report: RoundReport) -> RoundReport:
-        wire = self._stub.wire()
+        wire = self._caller.stub.wire()
         return replace(
             report,
             up_bytes=wire.up_bytes,
             down_bytes=wire.down_bytes,
             payload_up_bytes=self._payload_up,
             payload_down_bytes=self._payload_down,
-            retries=self._retries,
+            retries=self._caller.retries,
             rtt_s=self._monitor.stats().rtt_s,
             life=self._life,
         )
 
-    # --- sessions and repetition ----------------------------------------------------------------------------------
 
-    def _join(self) -> pb.Welcome:
-        message, pending = offer(self._identity, self._agreement)
-        response = self._stub.join(pb.JoinRequest(offer=message), timeout=self._patience)
-        session = pending.complete(response.answer)
-        if session.term < self._term:
-            raise SessionError(f"a coordinator of term {session.term} answered after one of term {self._term}")
-        welcome = receive(session.receive, iter(response.welcome), pb.Welcome, b"welcome")
-        digest = Agreement.parse(welcome.agreement).digest()
-        if digest != self._agreement:
-            raise AuthError(f"the coordinator sent agreement {digest}, this agent was started for {self._agreement}")
-        self._session, self._term = session, session.term
-        return welcome
-
-    def _call(self, act: Callable[[Session], T]) -> T:
-        return self._persist(lambda: self._attempt(act))
-
-    def _attempt(self, act: Callable[[Session], T]) -> T:
-        """Once, in a session."""
-        with self._joining:
-            if self._session is None:
-                self._join()
-            session = self._session
-        assert session is not None
-        try:
-            return act(session)
-        except PASSING as error:
-            with self._joining:  # several calls may fail together; only the first drops the session
-                if self._session is session and _stale(error):
-                    self._session = None
-            raise
-
-    def _persist(self, attempt: Callable[[], T]) -> T:
-        """Repeat until it works, fails for good, or nothing was heard for `max_stall`."""
-        since, pause = self._clock.now(), FIRST_PAUSE
-        while True:
-            try:
-                return attempt()
-            except PASSING as error:
-                self._retries += 1
-                self._raise_if_final(error)
-                if self._heard > since:  # a long transfer that broke was no silence
-                    since, pause = self._heard, FIRST_PAUSE
-                if self._clock.now() - since + pause > self._max_stall:
-                    raise UnreachableError(
-                        f"the coordinator at {self._address} did not answer for {self._max_stall:g} s: {_said(error)}",
-                        hint="check that it runs and that the address and port can be reached from here",
-                    ) from error
-            finally:
-                self._stub.wire()  # a connection that breaks later has been counted up to here
-            self._clock.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-    def _raise_if_final(self, error: Exception) -> None:
-        """Raise what no repetition will change."""
-        if not isinstance(error, grpc.Call):
-            return
-        code, said = error.code(), _said(error)
-        if code == grpc.StatusCode.PERMISSION_DENIED:
-            raise AuthError(f"the coordinator at {self._address} refused this cluster: {said}") from error
-        if code == grpc.StatusCode.INVALID_ARGUMENT:
-            raise PacketError(f"the coordinator at {self._address} refused what this cluster sent: {said}") from error
-        if code not in REPEAT | REJOIN:
-            raise NebulaError(f"the coordinator at {self._address} gave up: {said}") from error
-        # Asked twice: by chance, one handshake may break as well.
-        if code == grpc.StatusCode.UNAVAILABLE and self._refusal() and (why := self._refusal()):
-            raise AuthError(
-                f"the coordinator at {self._address} and this cluster do not trust each other: {why}",
-                hint="both certificates must come from the same authority and be valid now",
-            ) from error
-
-    def _refusal(self) -> str | None:
-        return self._stub.refusal(timeout=min(LONGEST_PAUSE, self._max_stall))
-
-
-def _pushed(session: Session, head: pb.PushHead, payload: bytes) -> Iterator[Frame]:
-    yield from send(session.send, head, b"push")
-    yield from session.send.seal(payload, context=payload_context(head))
-
-
-def _stale(error: Exception) -> bool:
-    return isinstance(error, (FrameError, SessionError)) or (isinstance(error, grpc.Call) and error.code() in REJOIN)
-
-
-def _said(error: Exception) -> str:
-    return str(error.details()) if isinstance(error, grpc.Call) else str(error)
-
-
+_KINDS = {"update": pb.PullRequest.KIND_UPDATE, "state": pb.PullRequest.KIND_STATE}
 _STATUSES: dict[pb.PullHead.Status.ValueType, Literal["ready", "gone", "ended"]] = {
     pb.PullHead.STATUS_READY: "ready",
     pb.PullHead.STATUS_GONE: "gone",

@@ -28,7 +28,7 @@ FRAME_BYTES = 1 << 20
 """Plaintext bytes in every frame of a message but its last."""
 MAX_FRAMES = 1 << 32
 """Frames per key: the bound NIST SP 800-38D §8.3 sets for one GCM key."""
-REPLAY_WINDOW = 1024
+REPLAY_WINDOW = 1 << 14
 """Messages remembered one by one; what is older than all of them is refused."""
 
 _TAG_BYTES = 16

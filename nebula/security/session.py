@@ -29,7 +29,7 @@ from nebula.security.pki import Identity, peer_name, private_key
 from nebula.security.seal import SealedChannel, length_prefixed
 from nebula.types import COORDINATOR, Channel
 
-PROTOCOL = b"nebula session v2"
+PROTOCOL = b"nebula session v3"
 NONCE_BYTES = 32
 
 _ECDSA = ec.ECDSA(hashes.SHA256())

@@ -16,15 +16,18 @@ _LARGEST_GRAIN = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A link in base units: `rate` in bytes per second each way, `rtt` in seconds, `loss` per segment."""
+    """A link in base units: `rate` in bytes per second each way, `rtt` in seconds, `loss` per segment, `jitter` the
+    most seconds that one way may take longer."""
 
     rate: float
     rtt: float
     loss: float
+    jitter: float = 0.0
 
     @classmethod
     def of(cls, link: Link) -> Shape:
-        return cls(rate=link.rate_mbps * 1e6 / 8, rtt=link.rtt_ms / 1e3, loss=link.loss)
+        rate, rtt, jitter = link.rate_mbps * 1e6 / 8, link.rtt_ms / 1e3, link.jitter_ms / 1e3
+        return cls(rate, rtt, link.loss, jitter)
 
     @property
     def grain(self) -> int:
@@ -34,7 +37,7 @@ class Shape:
     @property
     def window(self) -> int:
         """Bytes one connection may have under way in one direction: the bandwidth-delay product and some grains."""
-        return int(self.rate * self.rtt) + 4 * self.grain
+        return int(self.rate * (self.rtt + self.jitter)) + 4 * self.grain
 
 
 class Line:
@@ -53,7 +56,8 @@ class Line:
         segment arrives one round trip late for every time it is lost, and nothing behind it is delivered before it.
         """
         self._free = max(now, self._free) + size / self._shape.rate
-        arrival = self._free + self._shape.rtt / 2 + self._shape.rtt * self._losses(size)
+        wait = self._rng.random() * self._shape.jitter if self._shape.jitter else 0.0
+        arrival = self._free + self._shape.rtt / 2 + wait + self._shape.rtt * self._losses(size)
         self._last = max(self._last, arrival)
         return self._last
 

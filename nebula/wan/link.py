@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
@@ -41,7 +42,8 @@ class Wire:
 
 
 class WireMeter:
-    """Counts what crosses this process's TCP sockets to one peer, whoever opened them, by asking the kernel.
+    """Counts what crosses this process's TCP sockets to one peer, whoever opened them, by asking the kernel. A socket
+    that it sees for the first time sends by BBR from then on, where the system has that.
 
     A closed socket counts with its last sample, so sample after every transfer. Raises UnreachableError when `host`
     does not resolve.
@@ -74,9 +76,30 @@ class WireMeter:
             try:
                 host, port = connection.getpeername()[:2]
                 if (_address(host), port) in self._peers:
-                    self._readings[os.fstat(connection.fileno()).st_ino] = _counters(connection)
+                    inode = os.fstat(connection.fileno()).st_ino
+                    if inode not in self._readings:
+                        prefer_bbr(connection)
+                    self._readings[inode] = _counters(connection)
             except OSError:  # not connected, or no longer: the last reading stands
                 return
+
+
+def prefer_bbr(connection: socket.socket) -> None:
+    """Send at the rate that the path was measured to carry (Cardwell et al. 2016, "BBR: congestion-based congestion
+    control"), not at one that is cut at every loss: far away, one segment lost in a thousand leaves the common
+    algorithms a few percent of a fast link. A system that lacks it goes on as it does. A listening socket hands it
+    down to its connections."""
+    with contextlib.suppress(OSError, AttributeError):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
+
+
+def listeners_prefer_bbr(port: int) -> None:
+    """For the sockets on which this process listens at a port, whoever opened them."""
+    for descriptor in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        if (listener := _duplicate(int(descriptor))) is not None:
+            with listener, contextlib.suppress(OSError):
+                if listener.type == socket.SOCK_STREAM and listener.getsockname()[1:2] == (port,):
+                    prefer_bbr(listener)
 
 
 def _duplicate(descriptor: int) -> socket.socket | None:

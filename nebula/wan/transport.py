@@ -48,16 +48,22 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_retries", 0),  # the gateway retries whole calls: frames of a retry need fresh nonces
 )
 
+LANE_OPTIONS = (
+    ("grpc.ssl_target_name_override", TLS_NAME),
+    ("grpc.use_local_subchannel_pool", 1),  # channels to one address share a connection otherwise
+)
+
 
 class Stub(Protocol):
     """What the coordinator offers, as an agent calls it. `timeout`: seconds without any movement after which a call
-    fails; a payload that moves may take as long as it takes. Failures are grpc.RpcError."""
+    fails; a payload that moves may take as long as it takes. `lane`: over which connection, from 0 on; whatever is
+    small goes over that one. Failures are grpc.RpcError."""
 
     def join(self, request: JoinRequest, timeout: float) -> JoinResponse: ...
     def plan(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]: ...
     def beat(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]: ...
-    def push(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]: ...
-    def pull(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]: ...
+    def push(self, frames: Iterator[Frame], timeout: float, lane: int) -> Iterator[Frame]: ...
+    def pull(self, frames: Iterator[Frame], timeout: float, lane: int) -> Iterator[Frame]: ...
 
     def wire(self) -> Wire:
         """What has crossed the wire so far."""
@@ -71,35 +77,35 @@ class Stub(Protocol):
 
 
 class GrpcStub:
-    """A mutually authenticated channel to the coordinator. `folder`: of the cluster's certificate."""
+    """Mutually authenticated channels to the coordinator, one for each lane, opened when it is first used. `folder`: of
+    the cluster's certificate."""
 
     def __init__(self, address: str, folder: Path) -> None:
         identity = Identity.load(folder)
         self._address, self._folder = address, folder
         host, _, port = address.rpartition(":")
         self._meter = WireMeter(host, int(port))
-        credentials = grpc.ssl_channel_credentials(
+        self._credentials = grpc.ssl_channel_credentials(
             identity.authority_pem, private_key=identity.key_pem, certificate_chain=identity.certificate_pem
         )
-        self._channel = grpc.secure_channel(
-            address, credentials, options=(*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", TLS_NAME))
-        )
-        self._calls = FederationStub(self._channel)  # type: ignore[no-untyped-call, unused-ignore]
+        self._channels: list[grpc.Channel] = []
+        self._lanes: list[FederationStub] = []
+        self._opening = threading.Lock()
 
     def join(self, request: JoinRequest, timeout: float) -> JoinResponse:
-        return self._calls.Join(request, timeout=timeout)
+        return self._lane(0).Join(request, timeout=timeout)
 
     def plan(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
-        return _watched(self._calls.Plan, frames, timeout)
+        return _watched(self._lane(0).Plan, frames, timeout)
 
     def beat(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
-        return _watched(self._calls.Beat, frames, timeout)
+        return _watched(self._lane(0).Beat, frames, timeout)
 
-    def push(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
-        return _watched(self._calls.Push, frames, timeout)
+    def push(self, frames: Iterator[Frame], timeout: float, lane: int) -> Iterator[Frame]:
+        return _watched(self._lane(lane).Push, self._seen(frames), timeout)
 
-    def pull(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
-        return _watched(self._calls.Pull, frames, timeout)
+    def pull(self, frames: Iterator[Frame], timeout: float, lane: int) -> Iterator[Frame]:
+        return _watched(self._lane(lane).Pull, frames, timeout)
 
     def wire(self) -> Wire:
         return self._meter.sample()
@@ -108,7 +114,23 @@ class GrpcStub:
         return tls_refusal(self._address, self._folder, timeout)
 
     def close(self) -> None:
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
+
+    def _seen(self, frames: Iterator[Frame]) -> Iterator[Frame]:
+        """gRPC asks for a second frame once there is a connection that has taken the first: the meter sees it early."""
+        for index, frame in enumerate(frames):
+            if index == 1:
+                self._meter.sample()
+            yield frame
+
+    def _lane(self, number: int) -> FederationStub:
+        with self._opening:
+            while len(self._lanes) <= number:
+                options = (*CHANNEL_OPTIONS, *LANE_OPTIONS)
+                self._channels.append(grpc.secure_channel(self._address, self._credentials, options=options))
+                self._lanes.append(FederationStub(self._channels[-1]))  # type: ignore[no-untyped-call, unused-ignore]
+            return self._lanes[number]
 
 
 class Movement:

@@ -3,7 +3,6 @@ says whatever it likes; each attack gets a typed error, changes no state and cos
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import re
@@ -30,6 +29,7 @@ from nebula.security.pki import Identity
 from nebula.security.seal import FRAME_BYTES
 from nebula.security.session import Session, offer
 from nebula.types import ROLE, Slice
+from nebula.wan.chunks import CHUNK_BYTES, manifest, spans
 from nebula.wan.codec import Encoder
 from nebula.wan.frame import pack
 from nebula.wan.transport import payload_context, receive, send
@@ -71,19 +71,22 @@ class Member:
         tensors = {n: changes.get(n, torch.randn(s, generator=generator)) for n, s in shapes.items()}
         return {Slice(n, (0,) * t.dim(), tuple(t.shape)): t for n, t in tensors.items()}
 
-    def frames(self, payload: bytes, **changes: object) -> Iterator[Frame]:
-        """A push of a payload as one packet, under a head that may say something else."""
-        fields = {"role": ROLE, "fragment": "f0", "round": 0, "base": 0, "weight": 64.0, "parts": [len(payload)]}
-        head = pb.PushHead(**{**fields, "sha256": hashlib.sha256(payload).digest(), **changes})
+    def frames(self, packet: bytes, /, **changes: object) -> Iterator[Frame]:
+        """A push of one packet, under a head that may say something else."""
+        fields = {"role": ROLE, "fragment": "f0", "round": 0, "base": 0, "weight": 64.0, "parts": [len(packet)]}
+        whole = manifest(memoryview(packet), CHUNK_BYTES)
+        following = range(len(whole.chunks))
+        head = pb.PushHead(**{**fields, "payload": whole, "following": following, **changes})
         yield from send(self.session.send, head, b"push")
-        yield from self.session.send.seal(payload, context=payload_context(head))
+        for at, length in spans(len(packet), CHUNK_BYTES):
+            yield from self.session.send.seal(packet[at : at + length], context=payload_context(head))
 
     def deliver(self, frames: Iterator[Frame]) -> pb.Receipt.Status.ValueType:
-        answer = self.stub.push(iter(frames), timeout=1.0)
+        answer = self.stub.push(iter(frames), timeout=1.0, lane=0)
         return receive(self.session.receive, answer, pb.Receipt, b"receipt").status
 
-    def push(self, payload: bytes, **changes: object) -> pb.Receipt.Status.ValueType:
-        return self.deliver(self.frames(payload, **changes))
+    def push(self, packet: bytes, /, **changes: object) -> pb.Receipt.Status.ValueType:
+        return self.deliver(self.frames(packet, **changes))
 
     def plan(self, request: pb.PlanRequest) -> pb.PlanResponse:
         answer = self.stub.plan(send(self.session.send, request, b"plan"), timeout=1.0)
@@ -91,7 +94,7 @@ class Member:
 
     def pull(self, **fields: object) -> pb.PullHead:
         request = pb.PullRequest(**{"kind": pb.PullRequest.KIND_UPDATE, "role": ROLE, "fragment": "f0", **fields})
-        answer = self.stub.pull(send(self.session.send, request, b"pull"), timeout=1.0)
+        answer = self.stub.pull(send(self.session.send, request, b"pull"), timeout=1.0, lane=0)
         return receive(self.session.receive, answer, pb.PullHead, b"pull-answer")
 
     def held(self, **versions: int) -> dict[str, pb.Held]:
@@ -263,8 +266,31 @@ def test_a_weight_is_bounded_by_what_can_have_been_trained(attacker):
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_a_digest_that_does_not_match(attacker):
-    refused(FrameError, lambda: attacker.push(encoded(attacker.delta()), sha256=bytes(32)), reason="hash")
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"sha256": bytes(32)},
+        {"sha256": b"short"},
+        {"chunks": [bytes(32)]},
+        {"chunks": []},
+        {"chunks": [bytes(32)] * 2},
+        {"bytes": 1},
+        {"bytes": 2**64 - 1},
+        {"bytes": 1 << 40, "chunks": [bytes(32)] * 10_000},
+    ],
+    ids=lambda lie: str(lie)[:40],
+)
+def test_a_manifest_of_something_else(lie, attacker):
+    payload = encoded(attacker.delta())
+    whole = manifest(memoryview(payload), CHUNK_BYTES)
+    fields = {"bytes": whole.bytes, "sha256": whole.sha256, "chunks": whole.chunks}
+    refused(PacketError, lambda: attacker.push(payload, payload=pb.Manifest(**{**fields, **lie})))
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize("following", [[1], [2**32 - 1], [0, 1]], ids=str)
+def test_chunks_that_there_are_not(following, attacker):
+    refused(PacketError, lambda: attacker.push(encoded(attacker.delta()), following=following))
 
 
 # --- streams ------------------------------------------------------------------------------------------------------
@@ -285,7 +311,8 @@ def test_a_payload_without_end_is_read_no_further_than_its_limit(attacker):
 
 
 def endless(member: Member, message: bytes) -> Iterator[Frame]:
-    head = pb.PushHead(role=ROLE, fragment="f0", weight=64.0, parts=[len(message)], sha256=bytes(32))
+    whole = pb.Manifest(bytes=10, sha256=bytes(32), chunks=[bytes(32)])
+    head = pb.PushHead(role=ROLE, fragment="f0", weight=64.0, parts=[10], payload=whole, following=[0])
     yield from send(member.session.send, head, b"push")
     yield from member.session.send.seal(message, context=payload_context(head))
 
@@ -330,9 +357,9 @@ def test_frames_in_the_name_of_another_cluster(honest, attacker):
     for frame in attacker.frames(encoded(attacker.delta())):
         frame.source, frame.epoch = "north", honest.session.epoch
         forged.append(frame)
-    refused(FrameError, lambda: list(attacker.stub.push(iter(forged), timeout=1.0)), reason="auth")
+    refused(FrameError, lambda: list(attacker.stub.push(iter(forged), timeout=1.0, lane=0)), reason="auth")
     forged[0].source = "nowhere"
-    refused(SessionError, lambda: list(attacker.stub.push(iter(forged), timeout=1.0)))
+    refused(SessionError, lambda: list(attacker.stub.push(iter(forged), timeout=1.0, lane=0)))
 
 
 @pytest.mark.usefixtures("unharmed", "flat_memory")
@@ -347,9 +374,10 @@ def test_ten_thousand_frames_of_garbage(attacker):
             last=dice.choice([True, False]),
             ciphertext=dice.randbytes(dice.choice([0, 16, 17, 100])),
         )
-        call = getattr(attacker.stub, dice.choice(["plan", "push", "pull"]))
+        method = dice.choice(["plan", "push", "pull"])
+        lane = {} if method == "plan" else {"lane": 0}
         with pytest.raises((FrameError, SessionError)):
-            list(call(iter([garbage]), timeout=1.0))
+            list(getattr(attacker.stub, method)(iter([garbage]), timeout=1.0, **lane))
 
 
 # --- plans and pulls ----------------------------------------------------------------------------------------------
@@ -446,7 +474,7 @@ def test_a_frame_that_only_claims_the_new_epoch_ends_nothing(honest):
     before, honest.session = honest.session, honest.join()
     forged = list(before.send.seal(b"", context=b"pull"))
     forged[0].epoch = honest.session.epoch
-    refused(FrameError, lambda: list(honest.stub.pull(iter(forged), timeout=1.0)), reason="auth")
+    refused(FrameError, lambda: list(honest.stub.pull(iter(forged), timeout=1.0, lane=0)), reason="auth")
     honest.session = before
     assert honest.push(encoded(honest.delta())) == pb.Receipt.STATUS_ACCEPTED
 
@@ -486,18 +514,25 @@ class Call:
         raise Aborted(details)
 
 
+def flipped(frames: Iterator[Frame]) -> Iterator[Frame]:
+    """A bit of each ciphertext."""
+    for frame in frames:
+        frame.ciphertext = bytes([frame.ciphertext[0] ^ 1]) + frame.ciphertext[1:]
+        yield frame
+
+
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize(
     ("attack", "code", "reason"),
     [
         (lambda m: m.frames(b"", weight=-1.0), grpc.StatusCode.INVALID_ARGUMENT, "PacketError"),
-        (lambda m: m.frames(encoded(m.delta()), sha256=b""), grpc.StatusCode.DATA_LOSS, "hash"),
+        (lambda m: flipped(m.frames(encoded(m.delta()))), grpc.StatusCode.DATA_LOSS, "auth"),
         (lambda m: islice(m.frames(b"ab"), 1), grpc.StatusCode.CANCELLED, None),
         (lambda m: iter([]), grpc.StatusCode.CANCELLED, None),
         (lambda m: iter([Frame(source="north", epoch=1)]), grpc.StatusCode.PERMISSION_DENIED, "AuthError"),
         (lambda m: iter([Frame(source="south", epoch=9)]), grpc.StatusCode.UNAUTHENTICATED, None),
     ],
-    ids=["packet", "hash", "broken", "empty", "auth", "session"],
+    ids=["packet", "damage", "broken", "empty", "auth", "session"],
 )
 def test_refusals_are_counted_and_become_a_status(attack, code, reason, attacker, federated):
     call = Call(attacker.identity.certificate_pem)

@@ -63,8 +63,8 @@ def test_a_pull_is_answered_before_the_agent_takes_it_for_silence(places, tmp_pa
     hub = federation(places, tmp_path, membership=Membership(max_stall=0.2)).hub
     request = pb.PullRequest(kind=pb.PullRequest.KIND_UPDATE, role=ROLE, fragment="f0", version=1)
     start = time.monotonic()
-    head, _ = hub._find("north", request)
-    assert head.status == pb.PullHead.STATUS_PENDING
+    status, _ = hub._wait_for("north", request)
+    assert status == pb.PullHead.STATUS_PENDING
     assert time.monotonic() - start < 5  # it was ten seconds, whatever max_stall says
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -10,7 +11,9 @@ from nebula.errors import JournalError, PacketError
 from nebula.federation import pulls
 from nebula.federation.events import Committed
 from nebula.federation.state import Fragment, Rules, State, initial
-from nebula.proto.v1.run_pb2 import PullHead, PullRequest
+from nebula.proto.v1.run_pb2 import Manifest, PullHead, PullRequest
+from nebula.wan.chunks import shared
+from tests.chunked import CHUNK, cut_into, pieces, sha
 
 READY, PENDING = PullHead.STATUS_READY, PullHead.STATUS_PENDING
 GONE, ENDED = PullHead.STATUS_GONE, PullHead.STATUS_ENDED
@@ -43,11 +46,17 @@ class Desk:
         )
         return replace(initial(rules), fragments={"f0": Fragment(chain=tuple(self.commits[-4:]))})
 
-    def find(self, kind: PullRequest.Kind.ValueType, version: int = 0, who: str = "north") -> tuple[int, int | None]:
+    def find(
+        self, kind: PullRequest.Kind.ValueType, version: int = 0, who: str = "north", chunks: Sequence[bytes] = ()
+    ) -> tuple[int, int | None]:
         """Status and version."""
-        request = PullRequest(kind=kind, fragment="f0", version=version)
+        request = PullRequest(kind=kind, fragment="f0", version=version, chunks=chunks)
         status, commit = pulls.find(self.state, self.loans.find(who, "f0"), request)
         return status, commit.version if commit else None
+
+    def find_chunk(self, version: int, who: str = "north") -> tuple[int, int | None]:
+        """Of a state. Which one it is, is not looked at yet."""
+        return self.find(PullRequest.KIND_STATE, version, who, [bytes(32)])
 
 
 @pytest.fixture
@@ -77,9 +86,9 @@ def test_chunks_are_of_the_newest_two_states_and_of_the_one_on_loan(desk):
     desk.loans.lend("north", lent, now=0.0)
     for _ in range(3):
         desk.commit()
-    found = [desk.find(PullRequest.KIND_CHUNK, version) for version in range(4, 10)]
+    found = [desk.find_chunk(version) for version in range(4, 10)]
     assert found == [(GONE, None), (READY, 5), (GONE, None), (READY, 7), (READY, 8), (GONE, None)]
-    assert desk.find(PullRequest.KIND_CHUNK, 5, who="south") == (GONE, None)
+    assert desk.find_chunk(5, who="south") == (GONE, None)
     assert desk.ledger.get(lent.blobs["params"]) == b"params 5"
 
 
@@ -100,25 +109,70 @@ def test_a_loan_ends(end, desk):
     else:
         desk.loans.give_back("south", now=110.0)  # somebody always asks for a plan
     desk.commit()
-    assert desk.find(PullRequest.KIND_CHUNK, 5) == (GONE, None)
+    assert desk.find_chunk(5) == (GONE, None)
     with pytest.raises(JournalError, match="missing"):
         desk.ledger.get(lent.blobs["params"])
 
 
-def test_what_is_read_of_a_commit(desk):
-    commit = desk.commits[-1]
+def test_chunks_of_an_update_are_found_as_the_update_is(desk):
+    found = [desk.find(PullRequest.KIND_UPDATE, version, chunks=[bytes(32)]) for version in (1, 2, 5, 6, 10)]
+    assert found == [(GONE, None), (READY, 2), (READY, 5), (PENDING, None), (ENDED, None)]
 
-    def read(kind: PullRequest.Kind.ValueType, chunk: bytes = b"") -> tuple[PullHead, bytes | None]:
-        return pulls.read(desk.ledger, commit, PullRequest(kind=kind, fragment="f0", chunk=chunk))
 
-    manifest, nothing = read(PullRequest.KIND_STATE)
-    assert (manifest.version, manifest.digest, manifest.payload_bytes, nothing) == (5, "d5", 8, None)
-    assert manifest.chunks == [manifest.sha256]
-    head, chunk = read(PullRequest.KIND_CHUNK, manifest.chunks[0])
-    assert (chunk, head.sha256, head.payload_bytes, head.version) == (b"params 5", manifest.sha256, 8, 5)
-    assert not head.chunks
-    head, update = read(PullRequest.KIND_UPDATE)
-    assert (update, head.sha256.hex(), head.payload_bytes) == (b"update 5", commit.blobs["update"], 8)
-    for unknown in (b"", b"x" * 32):
-        with pytest.raises(PacketError, match="f0 version 5 has no chunk"):
-            read(PullRequest.KIND_CHUNK, unknown)
+# --- what is sent of a commit -------------------------------------------------------------------------------------
+
+KINDS = [(PullRequest.KIND_STATE, "params 5"), (PullRequest.KIND_UPDATE, "update 5")]
+
+
+def ask(kind: PullRequest.Kind.ValueType, chunks: Sequence[bytes] = (), every: int = 0) -> PullRequest:
+    return PullRequest(kind=kind, fragment="f0", version=5, chunks=chunks, every=every)
+
+
+@pytest.mark.parametrize(("kind", "blob"), KINDS)
+def test_a_head_describes_the_payload_unless_chunks_are_asked_for(kind, blob, desk, monkeypatch):
+    cut_into(CHUNK, monkeypatch)
+    commit = replace(desk.commits[-1], contributors=("north", "south"))
+    head = pulls.head(desk.ledger, commit, ask(kind))
+    hashes = [sha(piece) for piece in pieces(blob.encode())]
+    assert head.payload == Manifest(bytes=8, sha256=sha(blob.encode()), chunks=hashes)
+    assert (head.status, head.fragment, head.version, head.digest) == (READY, "f0", 5, "d5")
+    assert head.contributors == ["north", "south"]
+    with_chunks = pulls.head(desk.ledger, commit, ask(kind, hashes))
+    assert not with_chunks.HasField("payload")
+    head.ClearField("payload")
+    assert with_chunks == head
+
+
+@pytest.mark.parametrize(("kind", "blob"), KINDS)
+def test_chunks_come_as_they_are_asked_for(kind, blob, desk, monkeypatch):
+    cut_into(CHUNK, monkeypatch)
+    commit, (first, last) = desk.commits[-1], pieces(blob.encode())
+    for wanted in ([sha(first)], [sha(last)], [sha(last), sha(first)]):
+        request = ask(kind, wanted, every=1)
+        assert pulls.wanted(desk.ledger, commit, request) == wanted
+        assert [sha(pulls.chunk(desk.ledger, commit, request, chunk)) for chunk in wanted] == wanted
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 12])
+@pytest.mark.parametrize("every", [1, 2, 4, 16])
+def test_with_the_manifest_comes_what_lane_0_would_ask_for(count, every, desk, monkeypatch):
+    """Both ends cut the payload into the same shares, equal chunks counted once."""
+    cut_into(CHUNK, monkeypatch)
+    payload = b"".join(bytes([n % 7]) * CHUNK for n in range(count))
+    commit = replace(desk.commits[-1], blobs={"update": desk.ledger.put(payload)})
+    request = ask(PullRequest.KIND_UPDATE, every=every)
+    sent = pulls.wanted(desk.ledger, commit, request)
+    chunks = pulls.head(desk.ledger, commit, request).payload.chunks
+    assert sent == (shared(chunks, every) or [[]])[0]
+    assert len(sent) == -(-min(count, 7) // every)
+    assert pulls.wanted(desk.ledger, commit, ask(PullRequest.KIND_UPDATE)) == []
+
+
+@pytest.mark.parametrize("kind", [kind for kind, _ in KINDS])
+@pytest.mark.parametrize("unknown", [b"", b"x" * 32])
+def test_a_chunk_that_there_is_not_is_refused(kind, unknown, desk):
+    known = list(pulls.head(desk.ledger, desk.commits[-1], ask(kind)).payload.chunks)
+    with pytest.raises(PacketError, match="f0 version 5 has no chunk"):
+        pulls.wanted(desk.ledger, desk.commits[-1], ask(kind, [*known, unknown]))
+    with pytest.raises(PacketError, match="asked for twice"):
+        pulls.wanted(desk.ledger, desk.commits[-1], ask(kind, known * 2))

@@ -161,7 +161,7 @@ def test_a_coordinator_killed_at_any_journal_step_ends_with_the_same_digest(
     monkeypatch.setattr(SqliteJournal, "append", failing)
     replacing = Replacing(federated)
     for agent in agents.values():
-        agent.transport._stub = replacing
+        agent.transport._caller.stub = replacing
     summary = federated.finish(agents)
     assert federated.hub is not first
     assert summary["global_digest"] == uninterrupted["global_digest"]
@@ -181,14 +181,14 @@ class Replacing:
         return Wire(0, 0, 0, available=False)
 
     def __getattr__(self, method):
-        def call(request, timeout):
+        def call(request, timeout, **lane):
             with self._lock:
                 if self._federated.hub._failure is not None:
                     self._federated.hub.close()
                     self._federated.start_hub()
             hub = self._federated.hub
             try:
-                answer = getattr(MemoryStub(hub), method)(request, timeout)
+                answer = getattr(MemoryStub(hub), method)(request, timeout, **lane)
                 return answer if method == "join" else iter(list(answer))
             except Exception as error:
                 if hub._failure is None:

@@ -73,7 +73,7 @@ class Shelf:
             with self.changed:
                 while not self.payloads:
                     self.changed.wait()
-            head = pb.PullHead(payload_bytes=len(self.payloads[0]))
+            head = pb.PullHead(payload=pb.Manifest(bytes=len(self.payloads[0])))
             yield from send(session.send, head, b"pull-answer")
             yield from session.send.seal(self.payloads[0], context=payload_context(head))
             self.ends.append("whole")
@@ -149,12 +149,12 @@ class World:
 
     def push(self, payload: bytes, timeout: float = 20.0) -> str:
         assert self.session is not None
-        receive(self.session.receive, self.stub.push(self.pushed(payload), timeout), pb.Receipt, b"receipt")
+        receive(self.session.receive, self.stub.push(self.pushed(payload), timeout, lane=0), pb.Receipt, b"receipt")
         return "accepted"
 
     def pull(self, timeout: float = 20.0) -> bytes:
         assert self.session is not None
-        frames = self.stub.pull(send(self.session.send, pb.PullRequest(), b"pull"), timeout)
+        frames = self.stub.pull(send(self.session.send, pb.PullRequest(), b"pull"), timeout, lane=0)
         head = receive(self.session.receive, frames, pb.PullHead, b"pull-answer")
         return self.session.receive.open(frames, context=payload_context(head), limit=LIMIT)
 
@@ -213,7 +213,7 @@ def test_the_counters_say_what_crossed(world):
             yield frame
 
     def push() -> str:
-        answers = world.stub.push(noted(world.pushed(bytes(3 << 20)), up), 20.0)
+        answers = world.stub.push(noted(world.pushed(bytes(3 << 20)), up), 20.0, lane=0)
         receive(world.session.receive, noted(answers, down), pb.Receipt, b"receipt")
         return "accepted"
 

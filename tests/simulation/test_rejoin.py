@@ -8,20 +8,19 @@ from random import Random
 
 import pytest
 
-from nebula.checkpoint import ledger as ledger_module
 from nebula.checkpoint.ledger import Ledger
 from nebula.config import Blockwise, Codec, Membership, Wan, Zstd
 from nebula.federation import pulls
 from nebula.federation.events import Committed
 from nebula.federation.state import State
 from nebula.proto.v1.run_pb2 import PullHead, PullRequest
-from nebula.runtime import gateway as gateway_module
 from nebula.sim.world.scenario import NAMES, Fault, Scenario, small
 from nebula.sim.world.world import World, judge
 from nebula.types import COORDINATOR
-from nebula.wan.chunks import IN_FLIGHT
+from tests.chunked import cut_into
 
-CHUNK = 512
+CHUNK = 256
+LANES = 4
 LATE = NAMES[0]
 
 
@@ -35,7 +34,7 @@ def returning(seed: int, *, hard: bool) -> Scenario:
         rounds=16,
         inner_steps=2,
         fragments=1,
-        wan=Wan(up=codec, down=codec),
+        wan=Wan(up=codec, down=codec, streams=LANES),
         membership=Membership(quorum=1, max_stall=30.0),
     )
     back = rng.uniform(12.0, 16.0)
@@ -54,36 +53,37 @@ def returning(seed: int, *, hard: bool) -> Scenario:
 
 @dataclass
 class Asked:
-    """What coordinators are asked for chunk by chunk, and what they answer."""
+    """Which chunks of states coordinators are asked for, and what they answer."""
 
     answers: Counter = field(default_factory=Counter)
+    newest: int = 0
     older: int = 0
-    """Chunks of states that were no longer the newest."""
+    """Chunks that were sent of states that were no longer the newest."""
     read: list[tuple[str, int, bytes]] = field(default_factory=list)
 
     def find(self, state: State, lent: tuple[Committed, ...], request: PullRequest) -> pulls.Found:
         status, commit = FIND(state, lent, request)
-        if request.kind == PullRequest.KIND_CHUNK:
+        self.newest = max(self.newest, state.fragments[request.fragment].version)
+        if request.kind == PullRequest.KIND_STATE and request.chunks:
             self.answers[status] += 1
-            self.older += commit is not None and commit.version < state.fragments[request.fragment].version
         return status, commit
 
-    def take(self, ledger: Ledger, commit: Committed, request: PullRequest) -> tuple[PullHead, bytes | None]:
-        if request.kind == PullRequest.KIND_CHUNK:
-            self.read.append((commit.fragment, commit.version, request.chunk))
-        return READ(ledger, commit, request)
+    def take(self, ledger: Ledger, commit: Committed, request: PullRequest, sha256: bytes) -> bytes:
+        if request.kind == PullRequest.KIND_STATE:
+            self.older += commit.version < self.newest
+            self.read.append((commit.fragment, commit.version, sha256))
+        return CHUNK_OF(ledger, commit, request, sha256)
 
 
-FIND, READ = pulls.find, pulls.read
+FIND, CHUNK_OF = pulls.find, pulls.chunk
 
 
 @pytest.fixture
 def asked(monkeypatch) -> Asked:
     asked = Asked()
-    for module in (ledger_module, gateway_module):
-        monkeypatch.setattr(module, "CHUNK_BYTES", CHUNK)
+    cut_into(CHUNK, monkeypatch)
     monkeypatch.setattr(pulls, "find", asked.find)
-    monkeypatch.setattr(pulls, "read", asked.take)
+    monkeypatch.setattr(pulls, "chunk", asked.take)
     return asked
 
 
@@ -99,7 +99,7 @@ def run(scenario: Scenario) -> World:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_cluster_fetches_a_state_over_several_rounds_and_takes_part_again(seed, asked):
     world = run(returning(seed, hard=False))
-    assert len(asked.read) == len(set(asked.read)) > 2 * IN_FLIGHT, "none twice"
+    assert len(asked.read) == len(set(asked.read)) > 2 * LANES, "none twice"
     assert asked.answers.keys() == {PullHead.STATUS_READY}
     assert asked.older > 0
     assert LATE in world.witness.commits["f0"][-1].contributors
@@ -108,5 +108,5 @@ def test_a_cluster_fetches_a_state_over_several_rounds_and_takes_part_again(seed
 @pytest.mark.parametrize("seed", range(4))
 def test_a_transfer_survives_a_cut_a_new_coordinator_and_bad_weather(seed, asked):
     run(returning(seed, hard=True))
-    assert asked.answers[PullHead.STATUS_GONE] == IN_FLIGHT, "each lane hears once that the state is gone"
+    assert asked.answers[PullHead.STATUS_GONE] == LANES, "each lane hears once that the state is gone"
     assert len({version for _, version, _ in asked.read}) > 1, "and goes on with the newest"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nebula.config import Blockwise, Codec, Membership, Wan, Zstd
-from nebula.runtime import gateway
+from nebula.runtime import caller
 from tests.federated import Federated, clusters, tiny, write_corpus
 
 Federate = Callable[[Path], Federated]
@@ -31,4 +31,4 @@ def in_memory(federate, tmp_path_factory) -> str:
 
 @pytest.fixture(autouse=True)
 def no_long_pauses(monkeypatch):
-    monkeypatch.setattr(gateway, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(caller, "FIRST_PAUSE", 0.02)

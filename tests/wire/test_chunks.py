@@ -11,24 +11,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from nebula.checkpoint import ledger as ledger_module
-from nebula.config import Codec, Membership
+from nebula.checkpoint.ledger import Ledger
+from nebula.config import Codec, Membership, Wan
 from nebula.errors import JournalError, PacketError
 from nebula.federation import pulls
 from nebula.federation.events import Committed
 from nebula.federation.merge import read_state, state_digest
 from nebula.proto.v1 import run_pb2 as pb
 from nebula.proto.v1.packet_pb2 import Frame
-from nebula.runtime import gateway as gateway_module
 from nebula.runtime.gateway import Gateway
+from nebula.security.session import Session
 from nebula.types import ROLE, Beat, Held, PushTicket, Slice
-from nebula.wan.chunks import IN_FLIGHT
 from nebula.wan.codec import Encoder, decode
 from nebula.wan.frame import pack, unpack
+from tests.chunked import cut_into
 from tests.federated import TINY, Federated, clusters, tiny, write_corpus
 from tests.wire.wired import Wired, wait_for, wired
 
 CHUNK = 16 << 10
+LANES = 3
 FRAGMENT = "f0"
 HANDSHAKE = 4 << 10
 """Bytes down that TLS takes, at the most."""
@@ -38,8 +39,8 @@ HANDSHAKE = 4 << 10
 def federate(tmp_path_factory) -> Callable[[Path], Federated]:
     folder = tmp_path_factory.mktemp("chunks")
     model = TINY.model_copy(update={"dim": 64, "ffn_dim": 128})
-    membership = Membership(quorum=1, max_stall=60.0)
-    run = tiny(write_corpus(folder / "corpus"), model=model, rounds=9, inner_steps=2, membership=membership)
+    membership, wan = Membership(quorum=1, max_stall=60.0), Wan(streams=LANES)
+    run = tiny(write_corpus(folder / "corpus"), model=model, rounds=9, inner_steps=2, membership=membership, wan=wan)
     return lambda where: Federated(run, clusters(north=1, south=1), where, folder / "cache")
 
 
@@ -52,11 +53,6 @@ def wires(federate, tmp_path, monkeypatch) -> Iterator[Wired]:
             south.beat(Beat(leaving=True))
         train(wires, 0)
         yield wires
-
-
-def cut_into(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (ledger_module, gateway_module):
-        monkeypatch.setattr(module, "CHUNK_BYTES", size)
 
 
 @contextmanager
@@ -91,28 +87,31 @@ def blob(wires: Wired, commit: Committed, kind: str) -> Path:
 
 
 class Chunks:
-    """What coordinators read of states for clusters, one after the other. From number `at` on, all wait; if they are
-    `lost`, in vain."""
+    """What coordinators read of states for clusters, one after the other. From number `at` on, all lanes wait; if
+    they are `lost`, in vain."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sent: list[tuple[int, bytes]] = []
         self.at, self.lost = 1 << 30, False
         self.reached, self.go = threading.Event(), threading.Event()
-        self._lock = threading.Lock()
-        self._read = pulls.read
-        monkeypatch.setattr(pulls, "read", self.read)
+        self._lock, self._waiting = threading.Lock(), 0
+        self._chunk = pulls.chunk
+        monkeypatch.setattr(pulls, "chunk", self.read)
 
-    def read(self, ledger: ledger_module.Ledger, commit: Committed, request: pb.PullRequest) -> object:
-        if request.kind != pb.PullRequest.KIND_CHUNK:
-            return self._read(ledger, commit, request)
+    def read(self, ledger: Ledger, commit: Committed, request: pb.PullRequest, sha256: bytes) -> bytes:
+        if request.kind != pb.PullRequest.KIND_STATE:
+            return self._chunk(ledger, commit, request, sha256)
         if len(self.sent) >= self.at:
-            self.reached.set()
+            with self._lock:
+                self._waiting += 1
+            if self._waiting == LANES:  # no other call comes in the midst of what is done meanwhile
+                self.reached.set()
             assert self.go.wait(30)
             if self.lost:
                 raise ConnectionError("the coordinator goes away")
-        found = self._read(ledger, commit, request)
+        found = self._chunk(ledger, commit, request, sha256)
         with self._lock:
-            self.sent.append((request.version, request.chunk))
+            self.sent.append((request.version, sha256))
         return found
 
     @contextmanager
@@ -176,7 +175,7 @@ def test_a_cut_costs_at_most_what_was_under_way(wires, monkeypatch):
     disturbed = cost()
     assert relay.traffic.connections > connections + 1
     handshakes = (relay.traffic.connections - connections - 1) * HANDSHAKE
-    assert length < undisturbed < disturbed <= undisturbed + IN_FLIGHT * CHUNK + handshakes
+    assert length < undisturbed < disturbed <= undisturbed + LANES * CHUNK + handshakes
 
 
 def test_a_state_that_is_fetched_stays_however_many_are_newer(wires, chunks):
@@ -203,8 +202,8 @@ def test_a_state_that_is_gone_costs_what_differs_in_the_newest(wires, chunks):
     """The coordinator is another one now, which has lent nothing."""
     with gateway(wires, "south") as south, fetching(south) as transfer:
         with chunks.paused(at=5):
-            train(wires, 1, 2, 3)
             wires.hub._loans.give_back("south", now=0.0)
+            train(wires, 1, 2, 3)
         pulled, state = transfer.result()
     commit = newest(wires)
     assert (pulled.version, pulled.digest) == (4, commit.digest)
@@ -225,7 +224,7 @@ def test_a_coordinator_that_is_replaced_in_mid_transfer(wires, chunks):
         pulled, state = transfer.result()
     assert pulled.digest == newest(wires).digest == state_digest(read_state(state))
     count = -(-len(state) // CHUNK)
-    assert count == len(set(chunks.sent)) <= len(chunks.sent) <= count + IN_FLIGHT
+    assert count == len(set(chunks.sent)) <= len(chunks.sent) <= count + LANES
     assert wires.hub.state.epochs["south"] == 3  # once when it left, once here, once more here
 
 
@@ -272,7 +271,7 @@ def test_damage_that_a_pull_meets_first_does_not_end_the_agent(kind, wires):
 
 
 def test_what_is_deleted_while_it_is_read_is_no_damage(wires, monkeypatch):
-    read, once = pulls.read, []
+    head, once = pulls.head, []
 
     def slow(ledger, commit, request):
         if request.kind == pb.PullRequest.KIND_STATE and not once:
@@ -280,9 +279,9 @@ def test_what_is_deleted_while_it_is_read_is_no_damage(wires, monkeypatch):
             wires.hub._loans.give_back("south", now=0.0)
             train(wires, 1, 2, 3)
             assert not blob(wires, commit, "params").exists()
-        return read(ledger, commit, request)
+        return head(ledger, commit, request)
 
-    monkeypatch.setattr(pulls, "read", slow)
+    monkeypatch.setattr(pulls, "head", slow)
     with gateway(wires, "south") as south:
         pulled, _ = south.pull("state", FRAGMENT, 1)
     assert once
@@ -290,8 +289,19 @@ def test_what_is_deleted_while_it_is_read_is_no_damage(wires, monkeypatch):
 
 
 def test_a_chunk_that_there_is_not(wires):
+    kind, chunks = pb.PullRequest.KIND_STATE, [b"x" * 32]
     with gateway(wires, "south") as south:
-        gone, _ = south._ask(kind=pb.PullRequest.KIND_CHUNK, fragment=FRAGMENT, version=7, chunk=b"x" * 32)
-        assert gone.status == pb.PullHead.STATUS_GONE
+
+        def ask(version: int) -> tuple[pb.PullHead, list[bytes]]:
+            request = pb.PullRequest(role=ROLE, kind=kind, fragment=FRAGMENT, version=version, chunks=chunks)
+
+            def whole(session: Session) -> tuple[pb.PullHead, list[bytes]]:
+                head, coming = south._ask(session, request, 0)
+                return head, list(coming)
+
+            return south._caller.call(whole)
+
+        gone, nothing = ask(7)
+        assert (gone.status, nothing) == (pb.PullHead.STATUS_GONE, [])
         with pytest.raises(PacketError, match="f0 version 1 has no chunk"):
-            south._ask(kind=pb.PullRequest.KIND_CHUNK, fragment=FRAGMENT, version=1, chunk=b"x" * 32)
+            ask(1)

@@ -81,7 +81,7 @@ def refused_at_once(gateway: Gateway) -> AuthError:
     with pytest.raises(AuthError) as caught:
         gateway.join()
     gateway.close()
-    assert gateway._retries == 1
+    assert gateway._caller.retries == 1
     assert caught.value.exit_code == 5
     return caught.value
 
@@ -152,7 +152,7 @@ def test_frames_of_another_cluster(wires):
     gateway = wires.gateway("north", max_stall=60.0)
     gateway.join()
     gateway.close()
-    gateway._stub = wires.stub("south")
+    gateway._caller.stub = wires.stub("south")
     with pytest.raises(AuthError, match="certificate"):
         gateway.pull("state", "f0", 0)
     gateway.close()

@@ -88,7 +88,7 @@ def test_join_hands_over_agreement_and_tokenizer(both):
 
 
 def test_join_is_refused_for_another_agreement(both):
-    both.north._agreement = "sha256:another"
+    both.north._caller._digest = "sha256:another"
     with pytest.raises(AuthError, match="another"):
         both.north.join()
     assert both.hub.state.epochs == {}
@@ -141,8 +141,8 @@ def test_push_of_what_does_not_exist_is_refused(fragment, round, both):
 def test_pull_waits_for_a_commit_and_brings_it(both, monkeypatch):
     monkeypatch.setattr(hub_module, "LONG_POLL", 0.0)
     request = pb.PullRequest(kind=pb.PullRequest.KIND_UPDATE, role=ROLE, fragment="f0", version=1)
-    head, payload = both.north._call(lambda session: both.north._fetch(session, request))
-    assert (head.status, payload) == (pb.PullHead.STATUS_PENDING, b"")
+    head, coming = both.north._caller.call(lambda session: both.north._ask(session, request, 0))
+    assert (head.status, [*coming]) == (pb.PullHead.STATUS_PENDING, [])
     _, before = both.north.pull("state", "f0", 0)
     both.commit(0)
     pulled, update = both.north.pull("update", "f0", 1)

@@ -122,16 +122,16 @@ class Meddler:
         return response
 
     def plan(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
-        return self._call("plan", frames, timeout)
+        return self._call("plan", frames, timeout=timeout)
 
     def beat(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
-        return self._call("beat", frames, timeout)
+        return self._call("beat", frames, timeout=timeout)
 
-    def push(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
-        return self._call("push", frames, timeout)
+    def push(self, frames: Iterator[Frame], timeout: float, lane: int) -> Iterator[Frame]:
+        return self._call("push", frames, timeout=timeout, lane=lane)
 
-    def pull(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
-        return self._call("pull", frames, timeout)
+    def pull(self, frames: Iterator[Frame], timeout: float, lane: int) -> Iterator[Frame]:
+        return self._call("pull", frames, timeout=timeout, lane=lane)
 
     def wire(self) -> Wire:
         return self._stub.wire()
@@ -142,12 +142,12 @@ class Meddler:
     def close(self) -> None:
         self._stub.close()
 
-    def _call(self, method: str, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
+    def _call(self, method: str, frames: Iterator[Frame], **how: Any) -> Iterator[Frame]:
         up, down = same, same
         with self._lock:
             if method == self._method:
                 up, down, self._method = self._up, self._down, ""
-        answer = getattr(self._stub, method)(self._watched(up(frames)), timeout=timeout)
+        answer = getattr(self._stub, method)(self._watched(up(frames)), **how)
         return self._watched(down(answer))
 
     def _watched(self, frames: Iterator[Frame]) -> Iterator[Frame]:

@@ -432,9 +432,40 @@ class BeatResponse(_message.Message):
 Global___BeatResponse: _TypeAlias = BeatResponse  # noqa: Y015
 
 @_typing.final
-class PushHead(_message.Message):
-    """--- push and pull: one sealed head, then one sealed payload ------------------------------------------------------"""
+class Manifest(_message.Message):
+    """--- push and pull: a sealed head, then some chunks of a payload, each sealed by itself ---------------------------
 
+    What a payload is made of.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    bytes: _builtins.int
+    sha256: _builtins.bytes
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The SHA-256 of each chunk, in order."""
+
+    def __init__(
+        self,
+        *,
+        bytes: _builtins.int = ...,
+        sha256: _builtins.bytes = ...,
+        chunks: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "chunks", b"chunks", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Manifest: _TypeAlias = Manifest  # noqa: Y015
+
+@_typing.final
+class PushHead(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ROLE_FIELD_NUMBER: _builtins.int
@@ -443,17 +474,23 @@ class PushHead(_message.Message):
     BASE_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     PARTS_FIELD_NUMBER: _builtins.int
-    SHA256_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    FOLLOWING_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     fragment: _builtins.str
     round: _builtins.int
     base: _builtins.int
     weight: _builtins.float
     """Tokens trained."""
-    sha256: _builtins.bytes
     @_builtins.property
     def parts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Sizes of the packets (one per rank) that the payload concatenates."""
+
+    @_builtins.property
+    def payload(self) -> Global___Manifest: ...
+    @_builtins.property
+    def following(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Which chunks follow in this call, by number. None: the receipt tells which are missing."""
 
     def __init__(
         self,
@@ -464,11 +501,12 @@ class PushHead(_message.Message):
         base: _builtins.int = ...,
         weight: _builtins.float = ...,
         parts: _abc.Iterable[_builtins.int] | None = ...,
-        sha256: _builtins.bytes = ...,
+        payload: Global___Manifest | None = ...,
+        following: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "fragment", b"fragment", "parts", b"parts", "role", b"role", "round", b"round", "sha256", b"sha256", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "following", b"following", "fragment", b"fragment", "parts", b"parts", "payload", b"payload", "role", b"role", "round", b"round", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -490,6 +528,8 @@ class Receipt(_message.Message):
         """This very delta was accepted before."""
         STATUS_LATE: Receipt._Status.ValueType  # 3
         """Its round was committed without it."""
+        STATUS_INCOMPLETE: Receipt._Status.ValueType  # 4
+        """Chunks are missing still; other calls may be bringing them."""
 
     class Status(_Status, metaclass=_StatusEnumTypeWrapper): ...
     STATUS_UNSPECIFIED: Receipt.Status.ValueType  # 0
@@ -498,17 +538,29 @@ class Receipt(_message.Message):
     """This very delta was accepted before."""
     STATUS_LATE: Receipt.Status.ValueType  # 3
     """Its round was committed without it."""
+    STATUS_INCOMPLETE: Receipt.Status.ValueType  # 4
+    """Chunks are missing still; other calls may be bringing them."""
 
     STATUS_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
     status: Global___Receipt.Status.ValueType
+    seconds: _builtins.float
+    """From the last chunk until this answer: no time of the link's."""
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Chunks by number."""
+
     def __init__(
         self,
         *,
         status: Global___Receipt.Status.ValueType = ...,
+        missing: _abc.Iterable[_builtins.int] | None = ...,
+        seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing", "seconds", b"seconds", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -528,30 +580,31 @@ class PullRequest(_message.Message):
         KIND_UPDATE: PullRequest._Kind.ValueType  # 1
         """The packet that takes version - 1 to version."""
         KIND_STATE: PullRequest._Kind.ValueType  # 2
-        """The whole fragment at the newest version: which chunks it is made of."""
-        KIND_CHUNK: PullRequest._Kind.ValueType  # 3
-        """One chunk of a state, so that a transfer that broke is taken up where it was."""
+        """The whole fragment, at the newest version."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: PullRequest.Kind.ValueType  # 0
     KIND_UPDATE: PullRequest.Kind.ValueType  # 1
     """The packet that takes version - 1 to version."""
     KIND_STATE: PullRequest.Kind.ValueType  # 2
-    """The whole fragment at the newest version: which chunks it is made of."""
-    KIND_CHUNK: PullRequest.Kind.ValueType  # 3
-    """One chunk of a state, so that a transfer that broke is taken up where it was."""
+    """The whole fragment, at the newest version."""
 
     KIND_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     FRAGMENT_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
-    CHUNK_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    EVERY_FIELD_NUMBER: _builtins.int
     kind: Global___PullRequest.Kind.ValueType
     role: _builtins.str
     fragment: _builtins.str
     version: _builtins.int
-    chunk: _builtins.bytes
-    """SHA-256 of the chunk that is wanted."""
+    every: _builtins.int
+    """... followed by every chunk whose number is a multiple of this (counting equal ones once); 0: by none."""
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """SHA-256 of the chunks that are wanted, of exactly this version. None: the manifest is wanted ..."""
+
     def __init__(
         self,
         *,
@@ -559,11 +612,12 @@ class PullRequest(_message.Message):
         role: _builtins.str = ...,
         fragment: _builtins.str = ...,
         version: _builtins.int = ...,
-        chunk: _builtins.bytes = ...,
+        chunks: _abc.Iterable[_builtins.bytes] | None = ...,
+        every: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "fragment", b"fragment", "kind", b"kind", "role", b"role", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "every", b"every", "fragment", b"fragment", "kind", b"kind", "role", b"role", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -603,20 +657,16 @@ class PullHead(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     CONTRIBUTORS_FIELD_NUMBER: _builtins.int
-    PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
-    SHA256_FIELD_NUMBER: _builtins.int
-    CHUNKS_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
     status: Global___PullHead.Status.ValueType
     fragment: _builtins.str
     version: _builtins.int
     digest: _builtins.str
-    payload_bytes: _builtins.int
-    sha256: _builtins.bytes
     @_builtins.property
     def contributors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
-    def chunks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Of a state, which has no payload of its own: the SHA-256 of each of its chunks, in order."""
+    def payload(self) -> Global___Manifest:
+        """Unless chunks were asked for."""
 
     def __init__(
         self,
@@ -626,13 +676,11 @@ class PullHead(_message.Message):
         version: _builtins.int = ...,
         digest: _builtins.str = ...,
         contributors: _abc.Iterable[_builtins.str] | None = ...,
-        payload_bytes: _builtins.int = ...,
-        sha256: _builtins.bytes = ...,
-        chunks: _abc.Iterable[_builtins.bytes] | None = ...,
+        payload: Global___Manifest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "contributors", b"contributors", "digest", b"digest", "fragment", b"fragment", "payload_bytes", b"payload_bytes", "sha256", b"sha256", "status", b"status", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributors", b"contributors", "digest", b"digest", "fragment", b"fragment", "payload", b"payload", "status", b"status", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

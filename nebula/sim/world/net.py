@@ -58,10 +58,10 @@ class SimStub:
     def beat(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
         return self._call(lambda service, *call: service.Beat(*call), frames, timeout)
 
-    def push(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
+    def push(self, frames: Iterator[Frame], timeout: float, lane: int) -> Iterator[Frame]:
         return self._call(lambda service, *call: service.Push(*call), frames, timeout)
 
-    def pull(self, frames: Iterator[Frame], timeout: float) -> Iterator[Frame]:
+    def pull(self, frames: Iterator[Frame], timeout: float, lane: int) -> Iterator[Frame]:
         return self._call(lambda service, *call: service.Pull(*call), frames, timeout)
 
     def wire(self) -> Wire:
