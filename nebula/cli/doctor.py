@@ -22,6 +22,7 @@ from nebula.config import Federation
 from nebula.errors import PreflightError
 from nebula.metrics import units
 from nebula.recipe import load_federation
+from nebula.wan.link import congestion, prefer_bbr
 
 PYTHON = (3, 11)
 TORCH = (2, 11)
@@ -148,6 +149,7 @@ def _cuda() -> Check:
 
 def _network(federation: Federation | None) -> Iterator[Check]:
     yield _tcp_info()
+    yield _congestion()
     if federation is None:
         return
     end = federation.coordinator
@@ -172,6 +174,15 @@ def _tcp_info() -> Check:
         return Check("network", "TCP_INFO", "ok", "available")
     except OSError as error:
         return Check("network", "TCP_INFO", "warn", str(error.strerror), fix)
+
+
+def _congestion() -> Check:
+    """How fast payloads are sent over a link that loses packets."""
+    fix = "links that lose packets will be slow; load tcp_bbr and allow it (net.ipv4.tcp_allowed_congestion_control)"
+    with socket.socket() as probe:
+        prefer_bbr(probe)
+        found = congestion(probe)
+    return _check("network", "congestion control", found == "bbr", found or "not on this system", fix, otherwise="warn")
 
 
 def _port(name: str, host: str, port: int) -> Check:

@@ -93,6 +93,14 @@ def prefer_bbr(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
 
 
+def congestion(connection: socket.socket) -> str:
+    """The name of its congestion control; empty where the system does not tell."""
+    try:
+        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).split(b"\0")[0].decode()
+    except (OSError, AttributeError):
+        return ""
+
+
 def listeners_prefer_bbr(port: int) -> None:
     """For the sockets on which this process listens at a port, whoever opened them."""
     for descriptor in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():

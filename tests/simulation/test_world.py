@@ -16,6 +16,7 @@ from nebula.sim.world import witness
 from nebula.sim.world.campaign import Crashes, Seeds, points, tell
 from nebula.sim.world.scenario import Kind, draw
 from nebula.train.exchange import Exchange
+from tests.chunked import cut_into
 
 CLUSTERS = 4
 SEEDS = range(60)
@@ -26,6 +27,14 @@ def test_nothing_is_lost(ten):
     told = [tell(Seeds(CLUSTERS), seed) for seed in SEEDS[ten : ten + 10]]
     assert [(t.number, t.violated, t.what) for t in told if t.violated] == []
     assert any(t.exact for t in told), "some have one right result, and had it"
+
+
+@pytest.mark.parametrize("ten", range(60, 80, 10))
+def test_nothing_is_lost_where_payloads_are_of_many_chunks(ten, monkeypatch):
+    """All connections of a cluster are busy, and any of them may break while the others go on."""
+    cut_into(256, monkeypatch)
+    told = [tell(Seeds(CLUSTERS), seed) for seed in range(ten, ten + 10)]
+    assert [(t.number, t.violated, t.what) for t in told if t.violated] == []
 
 
 def test_these_seeds_try_everything():

@@ -7,13 +7,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nebula.errors import UnreachableError
-from nebula.wan.link import LinkMonitor, LinkStats, Wire, WireMeter
+from nebula.wan.link import LinkMonitor, LinkStats, Wire, WireMeter, congestion, listeners_prefer_bbr
 
 
 @contextmanager
@@ -212,3 +213,43 @@ def test_threads_lose_no_observation():
     for thread in threads:
         thread.join()
     assert monitor.stats().transfers == 2000
+
+
+# --- congestion control -------------------------------------------------------------------------------------------
+
+BBR = "bbr" in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+
+
+def without_bbr(kind: type[socket.socket] = socket.socket) -> socket.socket:
+    made = kind()
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+    return made
+
+
+def test_connections_that_the_meter_sees_prefer_bbr_and_no_others():
+    with without_bbr() as listener, without_bbr() as here, without_bbr() as elsewhere, without_bbr() as other:
+        for server in (listener, other):
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+        here.connect(listener.getsockname())
+        elsewhere.connect(other.getsockname())
+        meter = WireMeter(*listener.getsockname())
+        meter.sample()
+        assert congestion(here) == ("bbr" if BBR else "reno")
+        assert congestion(elsewhere) == "reno"
+        here.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")  # somebody's choice
+        meter.sample()
+        assert congestion(here) == "reno", "it is set once"
+
+
+def test_a_listener_hands_it_down():
+    with without_bbr() as listener, without_bbr() as other, socket.socket() as client:
+        for server in (listener, other):
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+        listeners_prefer_bbr(listener.getsockname()[1])
+        assert congestion(other) == "reno"
+        client.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        with accepted:
+            assert congestion(accepted) == ("bbr" if BBR else "reno")
