@@ -56,5 +56,5 @@ def test_the_readmes_make_targets_and_verbs_exist():
     assert {t for t in targets if f"\n{t}:" not in makefile} == set()
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     verbs = set(re.findall(r"\bnebula ([a-z]+)\b(?! /| trains)", readme))
-    assert {"run", "resume", "sample", "report", "ckpt", "doctor", "validate"} <= verbs
+    assert {"run", "resume", "sample", "report", "ckpt", "doctor", "validate", "plan"} <= verbs
     assert verbs <= set(VERBS)

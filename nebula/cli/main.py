@@ -25,6 +25,7 @@ VERBS = {
     "run": "Train a recipe on the clusters of a file, all on this machine.",
     "resume": "Go on with a run that was stopped or failed.",
     "validate": "Check a recipe against a cluster file; starts nothing.",
+    "plan": "Predict what a round will cost; starts nothing.",
     "doctor": "Check whether this machine can run Nebula.",
     "coordinator": "Own a run's global state until it ends.",
     "agent": "Take part in a run as one cluster.",
