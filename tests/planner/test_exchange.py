@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nebula.config import Adaptive, Codec
-from nebula.planner.exchange import KEPT, OVERHEAD, SEGMENT, Cost, Site, forecast, step_for
+from nebula.planner.exchange import APPLIED, KEPT, OVERHEAD, SEGMENT, Cost, Site, forecast, step_for
 from nebula.planner.speeds import measured
 
 FREE = Cost(bits=8.0, encode=0.0, decode=0.0)
@@ -35,7 +35,7 @@ def test_a_round_by_hand():
     assert one.compute == 5.0
     assert one.up == one.down == pytest.approx(OVERHEAD + 0.05)
     assert one.wait == pytest.approx(max(merge, 0.1) + 0.1)  # a receipt and a question; a plan
-    assert one.round == pytest.approx(5 + 2 * (OVERHEAD + 0.05) + one.wait + merge)
+    assert one.round == pytest.approx(5 + 2 * (OVERHEAD + 0.05) + one.wait + 10**6 * APPLIED)
     assert one.stall_share == pytest.approx(one.stall / one.round)
 
 
