@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nebula.cli import output
-from nebula.cli.prepare import resolve
+from nebula.cli.prepare import resolve, run_command
 from nebula.config import Adaptive, Codec, Federation, Run
 from nebula.errors import UsageError
 from nebula.metrics import units
 from nebula.planner.exchange import Forecast, Site, forecast, step_for
+from nebula.sim.line import Shape
 
 DAY = 86400.0
 LITTLE = 0.05
@@ -46,9 +47,8 @@ def command(
         "rounds_per_day": DAY / max(one.round for one in found.values()) if steps else None,
         "instead": others,
     }
-    following = shlex.join(["nebula", "run", str(recipe), "--clusters", str(clusters)])
     text = describe(run, found, others, bool(steps))
-    output.result("plan", fields, text=text, next=following, as_json=json)
+    output.result("plan", fields, text=text, next=run_command(recipe, clusters, set or []), as_json=json)
 
 
 def parse_steps(given: list[str], names: list[str]) -> dict[str, float]:
@@ -77,11 +77,11 @@ def sites_of(federation: Federation, run: Run, steps: Mapping[str, float]) -> di
                 f"the cluster file does not say how fast the link of {name} is",
                 hint=f"give clusters.{name}.link a rate_mbps and an rtt_ms",
             )
-        link = cluster.link
+        shape = Shape.of(cluster.link)
         sites[name] = Site(
-            rate=link.rate_mbps * 1e6 / 8,
-            rtt=link.rtt_ms / 1e3,
-            loss=link.loss,
+            rate=shape.rate,
+            rtt=shape.rtt,
+            loss=shape.loss,
             step=steps.get(name, 0.0),
             share=1 / cluster.ranks,
             lanes=run.wan.streams,
@@ -102,7 +102,9 @@ def predict(run: Run, sites: Mapping[str, Site]) -> tuple[dict[str, Forecast], l
     for bits in RATES:
         cost = measured(Codec(steps=(Adaptive(bits=bits),)))
         for times in LONGER:
-            slowest = max(forecast(sites, parameters, times * run.inner_steps, cost, cost).values(), key=_stall)
+            slowest = max(
+                forecast(sites, parameters, times * run.inner_steps, cost, cost).values(), key=attrgetter("stall")
+            )
             moved = sum((slowest.up_bytes, slowest.down_bytes)) / times
             others.append({"bits": bits, "inner_steps": times * run.inner_steps, "bytes": moved, **_times(slowest)})
     return found, others
@@ -116,10 +118,6 @@ def _times(one: Forecast) -> dict[str, float]:
     return {"round": one.round, "stall": one.stall, "stall_share": one.stall_share}
 
 
-def _stall(one: Forecast) -> float:
-    return one.stall
-
-
 def describe(run: Run, found: Mapping[str, Forecast], others: list[dict[str, float]], timed: bool) -> str:
     return "\n".join([*_clusters(run, found, timed), "", *_instead(run, others, timed)])
 
@@ -131,14 +129,14 @@ def _clusters(run: Run, found: Mapping[str, Forecast], timed: bool) -> Iterator[
         times = (one.encode, one.up, one.wait, one.down, one.decode)
         sizes = f"{units.size(one.up_bytes):>10} {units.size(one.down_bytes):>10}"
         yield f"  {name:<12} {sizes} " + " ".join(f"{seconds:>8.3f}" for seconds in times)
-    slowest = max(found.values(), key=_stall)
+    slowest = max(found.values(), key=attrgetter("stall"))
     if timed:
         yield (
             f"{units.share(slowest.stall_share)} of a round stalls; {DAY / slowest.round:.0f} rounds a day, "
             f"{units.size(DAY / slowest.round * (slowest.up_bytes + slowest.down_bytes))} over the busiest link"
         )
     else:
-        need = step_for(replace(slowest, compute=0.0), run.inner_steps, LITTLE)
+        need = step_for(slowest, run.inner_steps, LITTLE)
         yield f"less than {units.share(LITTLE)} stalls if an inner step takes {need:.2f} s or more (see --step-seconds)"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,12 @@ def cache_folder() -> Path:
 
 def resolve(recipe: Path, clusters: Path, overrides: Sequence[str]) -> tuple[Run, Federation]:
     return load_recipe(recipe, overrides), load_federation(clusters)
+
+
+def run_command(recipe: Path, clusters: Path, overrides: Sequence[str]) -> str:
+    """The command line that trains what was looked at."""
+    settings = [word for setting in overrides for word in ("--set", setting)]
+    return shlex.join(["nebula", "run", str(recipe), "--clusters", str(clusters), *settings])
 
 
 def prepare(run: Run, federation: Federation, out: Path) -> RunDir:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nebula.cli import output
-from nebula.cli.prepare import resolve
+from nebula.cli.prepare import resolve, run_command
 from nebula.config import Agreement, agree
 from nebula.errors import UsageError
 from nebula.metrics import units
@@ -33,12 +32,11 @@ def command(
         raise UsageError(f"they do not fit together ({recipe}, {clusters}): {error}", hint="change one") from error
     text_bytes = sum(document.bytes for document in find(run.data))
     fields = estimate(agreement, count(run.model)) | {"data_bytes": text_bytes}
-    overrides = [word for setting in set or [] for word in ("--set", setting)]
     output.result(
         "validate",
         fields,
         text=output.aligned(table(agreement, fields)),
-        next=shlex.join(["nebula", "run", str(recipe), "--clusters", str(clusters), *overrides]),
+        next=run_command(recipe, clusters, set or []),
         as_json=json,
     )
 

@@ -15,6 +15,3 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-# --- what is trained ----------------------------------------------------------------------------------------------

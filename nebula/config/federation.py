@@ -65,6 +65,3 @@ class Federation(Config):
                     f"clusters.{name}.batch {cluster.batch} must be a multiple of its ranks {cluster.ranks}"
                 )
         return self
-
-
-# --- what everyone agreed to --------------------------------------------------------------------------------------

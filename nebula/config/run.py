@@ -131,6 +131,3 @@ class Run(Config):
         if self.fragments > self.model.layers:
             raise ValueError(f"fragments {self.fragments} exceeds model.layers {self.model.layers}")
         return self
-
-
-# --- where it runs ------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from nebula.wan.link import SEGMENT
+
 OVERHEAD = 1.003
 """Frames, tags, HTTP/2 and TLS: bytes that cross for each byte of payload."""
-SEGMENT = 1460
 KEPT = 5e-8
 """Seconds per parameter in which a coordinator sums, hashes and stores: three fp32 arrays, fsync included. Of the
 machine this was written on; a slower disk takes longer."""

@@ -6,9 +6,7 @@ import random
 from dataclasses import dataclass
 
 from nebula.config import Link
-
-SEGMENT = 1460
-"""Bytes of payload in one full TCP segment over Ethernet."""
+from nebula.wan.link import SEGMENT
 
 _GRAIN_S = 0.005
 _LARGEST_GRAIN = 64 * 1024

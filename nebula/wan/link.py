@@ -19,6 +19,9 @@ from nebula.errors import UnreachableError
 Direction: TypeAlias = Literal["up", "down"]
 """Up: away from this process."""
 
+SEGMENT = 1460
+"""Bytes of payload in one full TCP segment over Ethernet."""
+
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 # Offsets into `struct tcp_info`, Linux 4.19 and later (include/uapi/linux/tcp.h).

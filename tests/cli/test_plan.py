@@ -66,10 +66,11 @@ def test_clusters_may_differ_in_speed(files, capsys):
 
 def test_without_the_time_of_a_step_it_says_how_long_one_must_be(files, capsys):
     recipe, clusters = files
-    assert main(["plan", recipe, "--clusters", clusters]) == 0
+    assert main(["plan", recipe, "--clusters", clusters, "--set", "rounds=3"]) == 0
     said = capsys.readouterr()
     assert "stalls if an inner step takes" in said.out
     assert "nebula run" in said.err
+    assert "--set rounds=3" in said.err
 
 
 @pytest.mark.parametrize(
